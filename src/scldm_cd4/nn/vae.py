@@ -1,0 +1,266 @@
+"""The autoencoder between counts and latent tokens.
+
+Shapes: B cells, W genes given, S latent tokens, L channels, E width. Gene indices are 1-based; 0 is padding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scldm_cd4.config import VAEConfig
+from scldm_cd4.nn.layers import Block, CrossBlock
+from scldm_cd4.nn.likelihood import nb_log_prob, poisson_log_prob
+
+CROSS_PROJECTION_TOKENS = 16
+
+
+class CountProjection(nn.Module):
+    """A gene's vector e and its count c make a token."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.kind, self.log_counts = config.aggregation, config.log_counts
+        if self.kind == "softbin":
+            self.mlp_count = nn.Sequential(
+                nn.Linear(1, config.bin_hidden), nn.SiLU(), nn.Linear(config.bin_hidden, config.n_bins)
+            )
+            self.bin_embeddings = nn.Parameter(torch.randn(config.n_bins, config.width))
+        elif self.kind == "proj":
+            self.count_embedding = nn.Linear(1, config.width)
+        elif self.kind == "projconcat":
+            self.mix = nn.Linear(2 * config.width, config.width)
+
+    def forward(self, e: Tensor, c: Tensor) -> Tensor:
+        """Vectors (..., E) and counts (...) -> tokens (..., E)."""
+        c = c[..., None]
+        if self.kind == "softbin":
+            bins = self.mlp_count(torch.log1p(c) if self.log_counts else c).softmax(-1)  # (..., K)
+            return e + bins @ self.bin_embeddings
+        if self.kind == "log1p":
+            return e * torch.log1p(c)
+        if self.kind == "log1pzero":
+            return e * torch.where(c == 0, -1.0, torch.log1p(c))
+        if self.kind == "sqrt":
+            return e * torch.sqrt(c + 1)
+        if self.kind == "anscombe":
+            return e * torch.asinh(torch.sqrt(c + 1))
+        if self.kind == "proj":
+            return e + self.count_embedding(c)
+        return self.mix(torch.cat([e, torch.log1p(c).expand_as(e)], dim=-1))
+
+
+class InputLayer(nn.Module):
+    """Tokens of (gene, count) pairs."""
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        self.gene_embedding = nn.Embedding(n_genes + 1, config.width)
+        self.projection = CountProjection(config)
+
+    def forward(self, counts: Tensor, genes: Tensor) -> Tensor:
+        """Counts (...) and genes (...) -> tokens (..., E)."""
+        return self.projection(self.gene_embedding(genes), counts)
+
+
+class Encoder(nn.Module):
+    """Gene tokens to latent tokens."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        c, shape = config, (config.multiple_of, config.bias, config.dropout, config.norm_eps)
+        self.ca_layer = CrossBlock(c.width, c.width, c.n_cross_heads, *shape, n_queries=c.n_tokens)
+        if c.positional:
+            self.pos_embed = nn.Parameter(torch.zeros(1, c.n_tokens, c.width))
+        self.positional = c.positional
+        self.encoder_layers = nn.ModuleList(Block(c.width, c.n_heads, *shape) for _ in range(c.n_layers))
+        self.cross_projection = c.projection == "cross_attention"
+        if self.cross_projection:
+            self.encoder_latent_ca = CrossBlock(
+                c.width, c.n_channels, c.n_cross_heads, *shape, n_queries=CROSS_PROJECTION_TOKENS
+            )
+        else:
+            norm = nn.LayerNorm(c.n_channels, eps=c.norm_eps, elementwise_affine=False)
+            self.encoder_latent_input = nn.Sequential(nn.Linear(c.width, c.n_channels, bias=c.bias), norm)
+        if c.kl_weight > 0:
+            self.latent_log_variance = nn.Linear(c.width, c.n_channels)
+            nn.init.zeros_(self.latent_log_variance.weight)
+            nn.init.constant_(self.latent_log_variance.bias, -4.0)
+
+    def tokens(self, keys_values: Tensor, mask: Tensor | None) -> Tensor:
+        """Projected gene tokens (B, W, 2E) -> tokens before the latent projection (B, S, E)."""
+        x = self.ca_layer(keys_values, mask=mask)
+        if self.positional:
+            x = x + self.pos_embed
+        for block in self.encoder_layers:
+            x = block(x)
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """(B, S, E) -> latent (B, S, L)."""
+        if self.cross_projection:
+            return self.encoder_latent_ca(self.encoder_latent_ca.keys_values(x))
+        return self.encoder_latent_input(x)
+
+
+class Decoder(nn.Module):
+    """Latent tokens and gene vectors to one vector per gene."""
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        c, shape = config, (config.multiple_of, config.bias, config.dropout, config.norm_eps)
+        self.cross_projection = c.projection == "cross_attention"
+        if self.cross_projection:
+            self.decoder_latent_ca = CrossBlock(
+                c.n_channels, c.width, c.n_cross_heads, *shape, n_queries=c.n_tokens
+            )
+        else:
+            norm = nn.LayerNorm(c.n_channels, eps=c.norm_eps, elementwise_affine=False)
+            self.decoder_latent_input = nn.Sequential(norm, nn.Linear(c.n_channels, c.width, bias=c.bias))
+        self.decoder_layers = nn.ModuleList(Block(c.width, c.n_heads, *shape) for _ in range(c.n_layers))
+        self.decoder_cross_attention = CrossBlock(c.width, c.width, c.n_cross_heads, *shape)
+        if not c.shared_embedding:
+            self.gene_embedding = nn.Embedding(n_genes + 1, c.width)
+
+    def forward(self, z: Tensor, gene_vectors: Tensor) -> Tensor:
+        """Latent (B, S, L) and gene vectors (1 or B, W, E) -> (B, W, E)."""
+        if self.cross_projection:
+            x = self.decoder_latent_ca(self.decoder_latent_ca.keys_values(z))
+        else:
+            x = self.decoder_latent_input(z)
+        for block in self.decoder_layers:
+            x = block(x)
+        cross = self.decoder_cross_attention
+        return cross(cross.keys_values(x), gene_vectors)
+
+
+class GeneFactors(nn.Module):
+    """A linear path from the latent to the gene logits, beside the decoder: loading_g . (A z)."""
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        n_latent = config.latent_tokens * config.n_channels
+        self.factors = nn.Linear(n_latent, config.gene_factors, bias=False)
+        self.loadings = nn.Embedding(n_genes + 1, config.gene_factors)
+        nn.init.normal_(self.loadings.weight, std=0.02)
+
+    def forward(self, z: Tensor, genes: Tensor) -> Tensor:
+        """Latent (B, S, L) and genes (1 or B, W) -> logits (B, W)."""
+        factors = self.factors(z.flatten(1))  # (B, R)
+        return (self.loadings(genes) @ factors[..., None])[..., 0] if len(genes) > 1 else (
+            factors @ self.loadings(genes[0]).T
+        )
+
+
+class CountHead(nn.Module):
+    """Gene vectors to the mean and dispersion of the counts."""
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        self.kind, self.per_gene = config.head, config.theta == "gene"
+        two = config.head != "poisson" and not self.per_gene
+        self.params = nn.Linear(config.width, 2 if two else 1)
+        if config.head == "nb" and self.per_gene:
+            self.theta = nn.Embedding(n_genes + 1, 1)
+            nn.init.ones_(self.theta.weight)
+        if config.head == "decoupled":
+            if self.per_gene:
+                self.theta_embed = nn.Embedding(n_genes + 1, 1)
+            if config.gene_bias:
+                self.gene_bias = nn.Embedding(n_genes + 1, 1)
+                nn.init.zeros_(self.gene_bias.weight)
+
+    def forward(self, h: Tensor, genes: Tensor, library: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vectors (B, W, E), genes (1 or B, W), library (B, 1) and further logits (B, W) -> mu (B, W), theta.
+
+        theta is (1 or B, W) with a table per gene, (B, W) else, and infinite (1, 1) for Poisson.
+        """
+        out = self.params(h).float()
+        logit = out[..., 0] if logits is None else out[..., 0] + logits
+        if self.kind == "decoupled":
+            if hasattr(self, "gene_bias"):
+                logit = logit + self.gene_bias(genes)[..., 0]
+            raw = self.theta_embed(genes)[..., 0] if self.per_gene else out[..., 1]
+            return torch.exp(torch.log(library) + logit), F.softplus(raw) + 1e-5
+        mu = logit.softmax(-1) * library
+        if self.kind == "poisson":
+            return mu, mu.new_full((1, 1), float("inf"))
+        return mu, torch.exp(self.theta(genes)[..., 0] if self.per_gene else out[..., 1])
+
+
+class VAE(nn.Module):
+    """Counts to latent tokens and back.
+
+    Parameters
+    ----------
+    config
+        Sizes and variants.
+    n_genes
+        Genes of the panel.
+    """
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        self.config, self.n_genes = config, n_genes
+        self.input_layer = InputLayer(config, n_genes)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, n_genes)
+        self.decoder_head = CountHead(config, n_genes)
+        if config.gene_factors:
+            self.gene_factors = GeneFactors(config, n_genes)
+
+    def encoder_tokens(self, counts: Tensor, genes: Tensor) -> Tensor:
+        """Counts (B, W) of genes (B, W) -> tokens before the latent projection (B, S, E)."""
+        mask = (genes != 0)[:, None, None, :] if self.config.mask_padding else None
+        cross = self.encoder.ca_layer
+        if counts.device.type == "cpu":
+            # a token, its key and its value depend on (gene, count) alone: each different pair is computed once
+            key = genes * (int(counts.max()) + 1) + counts.long()
+            pairs, inverse = torch.unique(key, return_inverse=True)
+            base = int(counts.max()) + 1
+            unique = self.input_layer((pairs % base).to(counts.dtype), pairs // base)
+            keys_values = F.embedding(inverse, cross.keys_values(unique))
+        else:
+            keys_values = cross.keys_values(self.input_layer(counts, genes))
+        return self.encoder.tokens(keys_values, mask)
+
+    def encode(self, counts: Tensor, genes: Tensor) -> Tensor:
+        """Whole-number counts (B, W) of genes (B, W) -> latent (B, S, L), the posterior mean where there is one."""
+        return self.encoder.project(self.encoder_tokens(counts, genes))
+
+    def posterior(self, counts: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latent, (B, S, L) each; only with ``kl_weight > 0``."""
+        x = self.encoder_tokens(counts, genes)
+        return self.encoder.project(x), self.encoder.latent_log_variance(x).clamp(-12.0, 4.0)
+
+    def decode(self, z: Tensor, genes: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and dispersion of the counts.
+
+        Parameters
+        ----------
+        z
+            Latent (B, S, L).
+        genes
+            (W,), the same genes for all cells, or (B, W).
+        library
+            Total counts over the given genes (B, 1).
+
+        Returns
+        -------
+        mu (B, W), and theta broadcastable to it.
+        """
+        genes = genes[None] if genes.ndim == 1 else genes
+        table = self.input_layer.gene_embedding if self.config.shared_embedding else self.decoder.gene_embedding
+        h = self.decoder(z, table(genes))
+        return self.decoder_head(h, genes, library, self.factor_logits(z, genes))
+
+    def factor_logits(self, z: Tensor, genes: Tensor) -> Tensor | None:
+        """Logits of the linear path for a latent (B, S, L), or None without it."""
+        if not self.config.gene_factors:
+            return None
+        if self.config.projection == "mlp":
+            z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)
+        return self.gene_factors(z, genes)
+
+    def log_prob(self, counts: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+        """Log-likelihood of counts (B, W), element by element, in nats."""
+        return poisson_log_prob(counts, mu) if self.config.head == "poisson" else nb_log_prob(counts, mu, theta)
