@@ -1,0 +1,116 @@
+"""Agreement of mean shifts relative to the control."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.metrics._pseudobulk import as_matrix, excluded_mask, group_means
+
+
+def safe_pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson correlation; NaN where either vector is constant or shorter than two."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 2:
+        return float("nan")
+    a, b = a - a.mean(), b - b.mean()
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / norm, -1.0, 1.0)) if norm > 0 else float("nan")
+
+
+def chance_level(n_perturbed: int, n_control: int) -> float:
+    """Pearson-delta of no signal at all when both deltas share one control: n_p / (n_p + n_c).
+
+    Parameters
+    ----------
+    n_perturbed
+        Cells of each perturbed side (real and predicted, taken as equal).
+    n_control
+        Cells of the shared control.
+
+    Returns
+    -------
+    The expected correlation of two deltas that share only the noise of the control mean.
+    """
+    return n_perturbed / (n_perturbed + n_control)
+
+
+def context_delta(
+    values: Any, control: Any, contexts: np.ndarray | None = None, control_contexts: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean shift against the control of the same context, averaged over contexts with the cells as weights.
+
+    Parameters
+    ----------
+    values
+        Normalised values of the perturbed cells, cells x genes.
+    control
+        Normalised values of real control cells.
+    contexts, control_contexts
+        Context of each cell; both or neither.
+
+    Returns
+    -------
+    Shift of every gene, (genes,).
+
+    Raises
+    ------
+    DataError
+        If a context has perturbed but no control cells, or there are no perturbed cells.
+    """
+    x, c = as_matrix(values), as_matrix(control)
+    if x.shape[0] == 0:
+        raise DataError("no perturbed cells to average")
+    if (contexts is None) != (control_contexts is None):
+        raise DataError("give the contexts of the perturbed and of the control cells, or of neither")
+    here = np.zeros(x.shape[0]) if contexts is None else np.asarray(contexts)
+    there = np.zeros(c.shape[0]) if control_contexts is None else np.asarray(control_contexts)
+    levels, codes = np.unique(here, return_inverse=True)
+    lookup = {level: i for i, level in enumerate(levels)}
+    control_codes = np.array([lookup.get(level, -1) for level in there], dtype=np.int64)
+    control_means, control_sizes = group_means(c, control_codes, len(levels))
+    if (control_sizes == 0).any():
+        raise DataError(f"no control cells in context {levels[control_sizes == 0].tolist()}; drop it or add controls")
+    means, sizes = group_means(x, codes, len(levels))
+    return (sizes / sizes.sum()) @ (means - control_means)
+
+
+def pearson_delta(
+    real: Any,
+    pred: Any,
+    control: Any,
+    *,
+    contexts: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    exclude: Sequence[int] | np.ndarray | None = None,
+) -> float:
+    r"""Pearson correlation of real and predicted mean shifts over genes.
+
+    :math:`r(\bar x_{real} - \bar x_{ctrl},\ \bar x_{pred} - \bar x_{ctrl})` with the same real control on both sides, shifts taken within
+    context and averaged over contexts with the cells as weights. Range -1 to 1, best 1. The chance level is not 0 but
+    :func:`chance_level`, since both shifts share the noise of the control mean. Definition as in STATE's evaluation (cell-eval,
+    ``pearson_delta``) with the real control on both sides (cell-eval2).
+
+    Parameters
+    ----------
+    real, pred, control
+        Log-normalised values, cells x genes, with the same genes.
+    contexts
+        Context of each cell of ``real``, ``pred`` and ``control``.
+    exclude
+        Positions of genes to leave out; give the perturbation's own target, which alone can carry the correlation.
+
+    Returns
+    -------
+    The correlation; NaN if a shift is constant (a prediction without any change).
+
+    Raises
+    ------
+    DataError
+        If a context lacks control cells.
+    """
+    real_contexts, pred_contexts, control_contexts = contexts or (None, None, None)
+    truth = context_delta(real, control, real_contexts, control_contexts)
+    guess = context_delta(pred, control, pred_contexts, control_contexts)
+    keep = excluded_mask(truth.size, exclude)
+    return safe_pearson(truth[keep], guess[keep])

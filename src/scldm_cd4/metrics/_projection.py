@@ -1,0 +1,86 @@
+"""Principal components of reference cells, applied to other cells."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.metrics._pseudobulk import as_matrix
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Principal axes with the mean of the cells they were fitted on.
+
+    Attributes
+    ----------
+    mean
+        Mean of the reference cells, (genes,).
+    components
+        Orthonormal axes, (components, genes); the largest loading of each is positive.
+    explained_variance
+        Variance of the reference cells along each axis.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+    explained_variance: np.ndarray
+
+    def apply(self, values: Any) -> np.ndarray:
+        """Project cells after subtracting the mean of the *reference* cells.
+
+        Parameters
+        ----------
+        values
+            Matrix or AnnData, cells x genes, normalised like the reference cells.
+
+        Returns
+        -------
+        Coordinates, cells x components.
+
+        Raises
+        ------
+        DataError
+            If the number of genes differs from the reference.
+        """
+        matrix = as_matrix(values)
+        if matrix.shape[1] != self.mean.size:
+            raise DataError(f"{matrix.shape[1]} genes given, but the axes were fitted on {self.mean.size}")
+        return np.asarray(matrix @ self.components.T) - self.mean @ self.components.T
+
+
+def fit_projection(reference: Any, n_components: int = 30) -> Projection:
+    """Fit principal components on reference cells.
+
+    Fit on cells that are not scored: axes fitted on few scored cells overfit them.
+
+    Parameters
+    ----------
+    reference
+        Matrix or AnnData of normalised values, cells x genes.
+    n_components
+        Number of axes.
+
+    Returns
+    -------
+    The projection. The same input gives the same signs.
+
+    Raises
+    ------
+    DataError
+        If there are too few cells or genes for the axes asked for.
+    """
+    from sklearn.decomposition import PCA
+
+    matrix = as_matrix(reference)
+    limit = min(matrix.shape) - 1
+    if not 1 <= n_components <= limit:
+        raise DataError(f"n_components={n_components} needs more cells and genes than {matrix.shape}; use 1 to {limit}")
+    # Sparse input is centred implicitly by the Lanczos solver; the seed only sets its start vector.
+    pca = PCA(n_components=n_components, svd_solver="arpack", random_state=0)
+    pca.fit(matrix.astype(np.float64) if sp.issparse(matrix) else np.asarray(matrix, dtype=np.float64))
+    peak = np.abs(pca.components_).argmax(axis=1)
+    signs = np.sign(pca.components_[np.arange(n_components), peak])
+    return Projection(np.asarray(pca.mean_).ravel(), pca.components_ * signs[:, None], pca.explained_variance_)

@@ -1,0 +1,71 @@
+"""Scores anchored between a baseline and a repeat of the experiment."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A value between its baseline and its ceiling.
+
+    Attributes
+    ----------
+    model, baseline, ceiling
+        Means over redraws.
+    model_se, baseline_se, ceiling_se
+        Standard errors of these means; NaN with fewer than two redraws.
+    score
+        (model - baseline) / (ceiling - baseline): 0 like the baseline, 1 like a repeat of the experiment; may lie outside.
+    counted
+        Whether the ceiling beats the baseline by more than the asked number of standard errors. Elsewhere the score is noise.
+    """
+
+    model: float
+    model_se: float
+    baseline: float
+    baseline_se: float
+    ceiling: float
+    ceiling_se: float
+    score: float
+    counted: bool
+
+
+def mean_and_error(draws: np.ndarray) -> tuple[float, float]:
+    """Mean over redraws and its standard error, NaN draws left out; NaN where undefined."""
+    values = np.asarray(draws, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    mean = float(values.mean()) if values.size else float("nan")
+    error = float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else float("nan")
+    return mean, error
+
+
+def anchored_score(
+    model: np.ndarray,
+    baseline: np.ndarray,
+    ceiling: np.ndarray,
+    *,
+    higher_is_better: bool = True,
+    n_errors: float = 3.0,
+) -> Anchored:
+    """Place a model between a baseline and a repeat of the experiment.
+
+    Parameters
+    ----------
+    model, baseline, ceiling
+        Values of one metric over redraws; a single value is allowed for ``model``. Undefined (NaN) draws are left out.
+    higher_is_better
+        Orientation of the metric. The score has the same formula for both; only ``counted`` depends on it.
+    n_errors
+        Standard errors by which the ceiling must beat the baseline. The error of the difference is the root of the summed squares of
+        the two standard errors.
+
+    Returns
+    -------
+    Means, errors, the score and whether it counts.
+    """
+    (m, m_se), (b, b_se), (c, c_se) = (mean_and_error(np.atleast_1d(x)) for x in (model, baseline, ceiling))
+    gap = c - b if higher_is_better else b - c
+    counted = bool(gap > n_errors * np.hypot(b_se, c_se))
+    score = (m - b) / (c - b) if c != b else float("nan")
+    return Anchored(m, m_se, b, b_se, c, c_se, float(score), counted)
