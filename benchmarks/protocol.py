@@ -3,16 +3,16 @@
 Cells and roles, per context (every combination of ``context_key`` columns):
 
 - *held-out*: the real cells of a condition in ``test``; they are fixed, and n is their number.
-- *reference controls*: the held-out control cells and a seeded half of the training control cells. All deltas and rank tests, real
-  and generated, are taken against them.
+- *reference controls*: the held-out control cells and a seeded half of the training control cells. All deltas and
+  rank tests, real and generated, are taken against them.
 - *baseline*: n cells drawn from the other half of the training controls, so disjoint from the reference controls.
 - *ceiling*: n real training cells of the same condition: a repeat of the experiment.
 - *model*: n generated cells of the same condition.
 
-Every draw takes the same number of cells per context as are held out. Deltas are taken within context and averaged with the held-out
-cells as weights. Rank tests are stratified over contexts (van Elteren). Energy distance and W2 compare the pooled cells of the
-perturbation, whose composition over contexts is equal on both sides, on principal components fitted on training cells only. The
-perturbation's own target gene is left out of deltas and rank tests.
+Every draw takes the same number of cells per context as are held out. Deltas are taken within context and averaged
+with the held-out cells as weights. Rank tests are stratified over contexts (van Elteren). Energy distance and W2
+compare the pooled cells of the perturbation, whose composition over contexts is equal on both sides, on principal
+components fitted on training cells only. The perturbation's own target gene is left out of deltas and rank tests.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix
+from scipy.stats import ks_2samp
 
 from scldm_cd4 import metrics
 
@@ -54,6 +56,7 @@ class _Truth:
     within: float
     significant: np.ndarray
     keep: np.ndarray  # genes that are not the target
+    n_de_train: int  # significant genes of all training cells of the perturbation
     draws: dict[str, pd.DataFrame] = field(default_factory=dict)  # ceiling, baseline
 
 
@@ -102,13 +105,14 @@ class ConditionScorer:
         self._contexts: dict[tuple[str, ...], int] = {}
         values = metrics.log_normalize(train)
         self.projection = metrics.fit_projection(values, min(n_components, min(values.shape) - 1))
-        self.train, self.test = self._cells(train, new=True), self._cells(test, new=True)
+        self.train, self.test = self.cells(train, new=True), self.cells(test, new=True)
         self._target_genes = dict(target_genes or {})
         self._split_controls()
         names = sorted(set(self.test.perturbation) - {control})
         self._truth = {name: truth for name in names if (truth := self._prepare(name)) is not None}
 
-    def _cells(self, adata: Any, *, new: bool = False) -> Cells:
+    def cells(self, adata: Any, *, new: bool = False) -> Cells:
+        """Align, normalise and project cells."""
         missing = self.genes.difference(adata.var_names.astype(str))
         if len(missing):
             raise ValueError(f"{len(missing)} training genes are not in the cells to score, e.g. {list(missing[:3])}")
@@ -153,7 +157,9 @@ class ConditionScorer:
         significant = self._significant(dense, context, keep, name)
         within = metrics.within_distance(pcs)
         sizes_of = dict(zip(levels.tolist(), sizes.tolist(), strict=True))
-        truth = _Truth(sizes_of, self._delta(dense, context), pcs, within, significant, keep)
+        full = np.concatenate([self.train.rows(name, s) for s in sizes_of])
+        n_de_train = self._n_de(self.train, full, keep, f"training cells of {name}")
+        truth = _Truth(sizes_of, self._delta(dense, context), pcs, within, significant, keep, n_de_train)
         pools = {
             "ceiling": {s: self.train.rows(name, s) for s in truth.sizes},
             "baseline": {s: self._pool[s] for s in truth.sizes},
@@ -183,6 +189,11 @@ class ConditionScorer:
         _, p = metrics.context_test(dense, context, self._reference, what)
         return metrics.benjamini_hochberg(p[keep]) <= self.fdr
 
+    def _n_de(self, cells: Cells, rows: np.ndarray, keep: np.ndarray, what: str) -> int:
+        if not len(rows):
+            return 0
+        return int(self._significant(cells.values[rows].toarray(), cells.context[rows], keep, what).sum())
+
     def _score_draws(self, truth: _Truth, cells: Cells, draws: Iterator[np.ndarray], what: str) -> pd.DataFrame:
         return pd.DataFrame([self._score(truth, cells, rows, what, i < self.n_w2) for i, rows in enumerate(draws)])
 
@@ -206,8 +217,9 @@ class ConditionScorer:
         Parameters
         ----------
         generated
-            Cells with raw counts and the same columns of ``obs``; at least as many per condition as are held out. Where k times as
-            many are given, k redraws are scored on disjoint blocks of cells in the order given. None scores ceiling and baseline only.
+            Cells with raw counts and the same columns of ``obs``; at least as many per condition as are held out.
+            Where k times as many are given, k redraws are scored on disjoint blocks of cells in the order given. None
+            scores ceiling and baseline only.
 
         Returns
         -------
@@ -218,7 +230,7 @@ class ConditionScorer:
         ValueError
             If a held-out condition has too few generated cells, or genes or contexts do not fit.
         """
-        cells = None if generated is None else self._cells(generated)
+        cells = None if generated is None else self.cells(generated)
         rows: list[dict[str, Any]] = []
         for name, truth in self._truth.items():
             model = (
@@ -244,11 +256,14 @@ class ConditionScorer:
         ceiling, baseline = truth.draws["ceiling"], truth.draws["baseline"]
         for metric in (*ANCHORED, "w2", "n_de"):
             values = np.array([np.nan]) if model is None else model[metric].to_numpy()
-            anchored = metrics.anchored_score(
-                values,
-                baseline[metric].to_numpy(),
-                ceiling[metric].to_numpy(),
-                higher_is_better=HIGHER_IS_BETTER.get(metric, False),
+            low, high = baseline[metric].to_numpy(), ceiling[metric].to_numpy()
+            better = HIGHER_IS_BETTER.get(metric, False)
+            anchored = metrics.anchored_score(values, low, high, higher_is_better=better)
+            single = metrics.anchored_score(values, low, high, higher_is_better=better, single_draw=True)
+            repeat = (
+                (high - anchored.baseline) / (anchored.ceiling - anchored.baseline)
+                if anchored.counted
+                else high * np.nan
             )
             row = {
                 "perturbation": name,
@@ -256,12 +271,15 @@ class ConditionScorer:
                 "n": sum(truth.sizes.values()),
                 "n_train": len(self.train.rows(name)),
                 "n_de_real": int(truth.significant.sum()),
+                "n_de_train": truth.n_de_train,
                 **vars(anchored),
-                "baseline_q95": float(baseline[metric].quantile(0.95)),
-                "ceiling_q95": float(ceiling[metric].quantile(0.95)),
+                "counted_single": single.counted,
+                "repeat_q05": float(np.nanquantile(repeat, 0.05)) if anchored.counted else float("nan"),
+                "real_q95": _upper(np.concatenate([low, high])),
+                "model_max": float(np.max(values)),
             }
             if metric not in ANCHORED:
-                row.update(score=float("nan"), counted=False)
+                row.update(score=float("nan"), counted=False, counted_single=False, repeat_q05=float("nan"))
             yield row
 
 
@@ -287,9 +305,11 @@ def score_conditions(
 
     Returns
     -------
-    One row per perturbation and metric (``pearson_delta``, ``energy_distance``, ``de_f1`` anchored; ``w2`` raw, whose ``ceiling`` is its
-    floor; ``n_de``, the number of significant genes): ``n`` held-out cells, ``n_train``, ``n_de_real``, ``model``, ``baseline``,
-    ``ceiling`` each with its standard error ``*_se`` over redraws, ``score``, ``counted``, and the 95th percentiles of the redraws.
+    One row per perturbation and metric (``pearson_delta``, ``energy_distance``, ``de_f1`` anchored; ``w2`` raw, whose
+    ``ceiling`` is its floor; ``n_de``, the number of significant genes): ``n`` held-out cells, ``n_train``,
+    ``n_de_real``, ``model``, ``baseline``, ``ceiling`` each with its standard error ``*_se`` over redraws, ``score``,
+    ``counted``, ``counted_single`` (see :func:`summarise`), ``repeat_q05``, ``real_q95`` (95th percentile over the
+    real redraws), ``n_de_train``.
     """
     scorer = ConditionScorer(
         train,
@@ -303,19 +323,98 @@ def score_conditions(
     return scorer.score(generated)
 
 
-def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Median and minimum anchored score per metric over the perturbations that count, and who falls below 0.4."""
+def _upper(draws: np.ndarray) -> float:
+    """95th percentile of the defined draws, as a value that occurred."""
+    values = draws[~np.isnan(draws)]
+    return float(np.quantile(values, 0.95, method="higher")) if values.size else float("nan")
+
+
+def summarise(scores: pd.DataFrame, flag: str = "counted") -> pd.DataFrame:
+    """Median and minimum anchored score per metric over the perturbations that count, and who falls below 0.4.
+
+    Parameters
+    ----------
+    scores
+        Table of :func:`score_conditions`.
+    flag
+        ``counted`` (the gap exceeds 3 standard errors of the means over redraws) or ``counted_single`` (3 standard
+        deviations of one draw at this n: conditions where a single repeat of the experiment can be told from the
+        control).
+
+    Returns
+    -------
+    One row per metric. ``repeat_minimum`` is the lowest 5th percentile that single repeats of the experiment reach: a
+    bar above it would refuse real cells.
+    """
     rows = []
     for metric in ANCHORED:
-        counted = scores[(scores["metric"] == metric) & scores["counted"]]
-        low = counted.loc[counted["score"] < 0.4, "perturbation"].tolist()
+        counted = scores[(scores["metric"] == metric) & scores[flag]]
         rows.append(
             {
                 "metric": metric,
                 "n_counted": len(counted),
                 "median": counted["score"].median(),
                 "minimum": counted["score"].min(),
-                "below_0.4": ", ".join(low),
+                "repeat_minimum": counted["repeat_q05"].min(),
+                "below_0.4": ", ".join(counted.loc[counted["score"] < 0.4, "perturbation"]),
             }
         )
     return pd.DataFrame(rows).set_index("metric")
+
+
+def no_effect(scores: pd.DataFrame) -> pd.DataFrame:
+    """Count false DE genes of the perturbations without an effect.
+
+    A perturbation has no effect where neither its held-out cells nor all of its training cells have a significant
+    gene besides the target, against the reference controls. The allowed number is the 95th percentile of significant
+    genes over the real-against-real redraws at the same n: training cells of the perturbation and control cells, each
+    against the reference controls.
+
+    Returns
+    -------
+    One row per perturbation: n, mean and largest number of significant genes over the generated blocks, the allowed
+    number, and whether the mean stays within it.
+    """
+    table = scores[(scores["metric"] == "n_de") & (scores["n_de_real"] == 0) & (scores["n_de_train"] == 0)]
+    table = table.set_index("perturbation")[["n", "model", "model_max", "real_q95"]]
+    return table.rename(columns={"real_q95": "allowed"}).assign(within=table["model"] <= table["real_q95"])
+
+
+def count_checks(scorer: ConditionScorer, generated: Any) -> pd.Series:
+    """Compare zeros and library sizes of generated and held-out cells, pooled over conditions.
+
+    The first n generated cells of every condition enter, n as held out, so both sides have the same composition; the
+    floor takes real training cells in their place.
+
+    Returns
+    -------
+    ``zero_fraction_difference`` (generated - real), ``library_ks`` (Kolmogorov-Smirnov statistic of the panel
+    totals), their floors and the number of cells.
+    """
+    test, rng = scorer.test, np.random.default_rng([scorer.seed, 3])
+    cells = scorer.cells(generated)
+    picks: dict[str, list[np.ndarray]] = {"real": [], "model": [], "floor": []}
+    for name, context in sorted(set(zip(test.perturbation.tolist(), test.context.tolist(), strict=True))):
+        held, made, pool = (x.rows(name, context) for x in (test, cells, scorer.train))
+        if len(held) <= min(len(made), len(pool)):
+            picks["real"].append(held)
+            picks["model"].append(made[: len(held)])
+            picks["floor"].append(rng.choice(pool, len(held), replace=False))
+    real, model, floor = (
+        _zeros_and_totals(source.counts, np.concatenate(picks[which]))
+        for which, source in (("real", test), ("model", cells), ("floor", scorer.train))
+    )
+    return pd.Series(
+        {
+            "zero_fraction_difference": model[0] - real[0],
+            "zero_fraction_floor": floor[0] - real[0],
+            "library_ks": ks_2samp(model[1], real[1]).statistic,
+            "library_ks_floor": ks_2samp(floor[1], real[1]).statistic,
+            "n_cells": float(len(real[1])),
+        }
+    )
+
+
+def _zeros_and_totals(counts: Any, rows: np.ndarray) -> tuple[float, np.ndarray]:
+    matrix = csr_matrix(counts)[rows]
+    return 1.0 - matrix.count_nonzero() / np.prod(matrix.shape), np.asarray(matrix.sum(axis=1)).ravel()

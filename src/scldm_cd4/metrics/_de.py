@@ -100,10 +100,10 @@ def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def combine_tests(tests: list[RankTest]) -> tuple[np.ndarray, np.ndarray]:
     r"""Combine the rank tests of several contexts into one z and p per gene.
 
-    van Elteren's stratified test: :math:`z = \sum_s w_s (U_s - \mu_s) / \sqrt{\sum_s w_s^2 V_s}` with :math:`w_s = 1/(N_s + 1)`, so cells
-    are ranked only against cells of their own context. One context gives the Wilcoxon rank-sum test with tie correction and
-    continuity correction, equal to ``scipy.stats.mannwhitneyu(method="asymptotic")``; several contexts have no continuity correction.
-    Source: van Elteren, Bull. Int. Stat. Inst. 1960.
+    van Elteren's stratified test: :math:`z = \sum_s w_s (U_s - \mu_s) / \sqrt{\sum_s w_s^2 V_s}` with :math:`w_s =
+    1/(N_s + 1)`, so cells are ranked only against cells of their own context. One context gives the Wilcoxon rank-sum
+    test with tie correction and continuity correction, equal to ``scipy.stats.mannwhitneyu(method="asymptotic")``;
+    several contexts have no continuity correction. Source: van Elteren, Bull. Int. Stat. Inst. 1960.
 
     Parameters
     ----------
@@ -195,8 +195,9 @@ def de_genes(
 ) -> Any:
     """Find the genes that differ between a group of cells and its control.
 
-    Wilcoxon rank-sum test with tie correction (stratified over contexts, see :func:`combine_tests`), then Benjamini-Hochberg over the
-    tested genes. With small groups the number found depends on the number of cells: compare real and predicted cells at equal n.
+    Wilcoxon rank-sum test with tie correction (stratified over contexts, see :func:`combine_tests`), then
+    Benjamini-Hochberg over the tested genes. With small groups the number found depends on the number of cells:
+    compare real and predicted cells at equal n.
 
     Parameters
     ----------
@@ -241,7 +242,8 @@ def de_genes(
 def de_recovery(real: np.ndarray, pred: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 of predicted against real significant genes.
 
-    F1 = 2 |real and pred| / (|real| + |pred|). Range 0 to 1, best 1; a random set of the same size has precision |real| / genes.
+    F1 = 2 |real and pred| / (|real| + |pred|). Range 0 to 1, best 1; a random set of the same size has precision
+    |real| / genes.
 
     Parameters
     ----------
@@ -250,8 +252,8 @@ def de_recovery(real: np.ndarray, pred: np.ndarray) -> dict[str, float]:
 
     Returns
     -------
-    ``precision``, ``recall``, ``f1``, ``n_real``, ``n_pred``. No real gene: all scores NaN (nothing to recover). Real but no predicted
-    genes: all scores 0 (silence is not rewarded).
+    ``precision``, ``recall``, ``f1``, ``n_real``, ``n_pred``. No real gene: all scores NaN (nothing to recover). Real
+    but no predicted genes: all scores 0 (silence is not rewarded).
 
     Raises
     ------

@@ -86,10 +86,10 @@ def pearson_delta(
 ) -> float:
     r"""Pearson correlation of real and predicted mean shifts over genes.
 
-    :math:`r(\bar x_{real} - \bar x_{ctrl},\ \bar x_{pred} - \bar x_{ctrl})` with the same real control on both sides, shifts taken within
-    context and averaged over contexts with the cells as weights. Range -1 to 1, best 1. The chance level is not 0 but
-    :func:`chance_level`, since both shifts share the noise of the control mean. Definition as in STATE's evaluation (cell-eval,
-    ``pearson_delta``) with the real control on both sides (cell-eval2).
+    :math:`r(\bar x_{real} - \bar x_{ctrl},\ \bar x_{pred} - \bar x_{ctrl})` with the same real control on both sides,
+    shifts taken within context and averaged over contexts with the cells as weights. Range -1 to 1, best 1. The
+    chance level is not 0 but :func:`chance_level`, since both shifts share the noise of the control mean. Definition
+    as in STATE's evaluation (cell-eval, ``pearson_delta``) with the real control on both sides (cell-eval2).
 
     Parameters
     ----------

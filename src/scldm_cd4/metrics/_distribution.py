@@ -28,10 +28,11 @@ def within_distance(x: Any) -> float:
 def energy_distance(x: Any, y: Any, *, within_x: float | None = None, within_y: float | None = None) -> float:
     r"""Unbiased energy distance between two populations.
 
-    :math:`2\,E\|X-Y\| - E\|X-X'\| - E\|Y-Y'\|` with Euclidean norms, not squared and not rooted, each within-term over pairs of *different*
-    cells (U-statistic). Best value 0; expected value 0 for two samples of one distribution, so single values may be negative and are
-    not clipped; no upper bound. Székely & Rizzo, J. Stat. Plan. Inference 2013; scPerturb (Peidli et al., Nat. Methods 2024) with the
-    U-statistic. For an exact copy of the cells the value is below 0 by about the mean within-distance times 2/n.
+    :math:`2\,E\|X-Y\| - E\|X-X'\| - E\|Y-Y'\|` with Euclidean norms, not squared and not rooted, each within-term
+    over pairs of *different* cells (U-statistic). Best value 0; expected value 0 for two samples of one distribution,
+    so single values may be negative and are not clipped; no upper bound. Székely & Rizzo, J. Stat. Plan. Inference
+    2013; scPerturb (Peidli et al., Nat. Methods 2024) with the U-statistic. For an exact copy of the cells the value
+    is below 0 by about the mean within-distance times 2/n.
 
     Parameters
     ----------
@@ -63,8 +64,9 @@ def energy_distance(x: Any, y: Any, *, within_x: float | None = None, within_y: 
 def wasserstein(x: Any, y: Any) -> float:
     r"""Exact 2-Wasserstein distance with equal weights, rooted.
 
-    :math:`W_2 = \sqrt{\min_\pi \sum_{ij} \pi_{ij} \|x_i - y_j\|^2}` (POT, network simplex). Best value 0, no upper bound. The value between
-    two samples of one distribution is far from 0 and falls slowly with n: print that floor at the same n beside it.
+    :math:`W_2 = \sqrt{\min_\pi \sum_{ij} \pi_{ij} \|x_i - y_j\|^2}` (POT, network simplex). Best value 0, no upper
+    bound. The value between two samples of one distribution is far from 0 and falls slowly with n: print that floor
+    at the same n beside it.
 
     Parameters
     ----------

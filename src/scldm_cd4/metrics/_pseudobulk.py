@@ -48,8 +48,8 @@ def dense(matrix: Any) -> np.ndarray:
 def log_normalize(data: Any, *, layer: str | None = None, target_sum: float = TARGET_SUM) -> sp.csr_matrix:
     r"""Log-normalise counts by the cells' own totals over the given genes.
 
-    :math:`\log(1 + s\,x_{cg} / \sum_g x_{cg})` with :math:`s` = ``target_sum``. Real and generated cells follow the same rule: each
-    is divided by its own total on the panel, never by the total of another cell.
+    :math:`\log(1 + s\,x_{cg} / \sum_g x_{cg})` with :math:`s` = ``target_sum``. Real and generated cells follow the
+    same rule: each is divided by its own total on the panel, never by the total of another cell.
 
     Parameters
     ----------

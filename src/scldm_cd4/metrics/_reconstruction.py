@@ -15,9 +15,9 @@ CHUNK = 1024
 def nb_error(counts: Any, mean: Any, dispersion: Any, *, eps: float = 1e-8) -> float:
     r"""Negative binomial reconstruction error, in nats per cell.
 
-    :math:`-\frac1n \sum_c \sum_g \log NB(x_{cg}; \mu_{cg}, \theta_{cg})` with mean :math:`\mu` and inverse dispersion :math:`\theta` (variance
-    :math:`\mu + \mu^2/\theta`), parameters as in scVI (Lopez et al., Nat. Methods 2018). Lower is better; values grow with the number of
-    genes. Print it beside :func:`intercept_nb` of the same cells.
+    :math:`-\frac1n \sum_c \sum_g \log NB(x_{cg}; \mu_{cg}, \theta_{cg})` with mean :math:`\mu` and inverse dispersion
+    :math:`\theta` (variance :math:`\mu + \mu^2/\theta`), parameters as in scVI (Lopez et al., Nat. Methods 2018).
+    Lower is better; values grow with the number of genes. Print it beside :func:`intercept_nb` of the same cells.
 
     Parameters
     ----------
@@ -61,8 +61,8 @@ def nb_error(counts: Any, mean: Any, dispersion: Any, *, eps: float = 1e-8) -> f
 def intercept_nb(counts: Any, *, n_steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """Fit a negative binomial per gene that knows only the library size: the floor of any reconstruction.
 
-    The mean is the gene's share of all counts times the cell's total; theta is the maximum-likelihood value in [1e-3, 1e4], found by
-    golden-section search on its logarithm for all genes at once.
+    The mean is the gene's share of all counts times the cell's total; theta is the maximum-likelihood value in [1e-3,
+    1e4], found by golden-section search on its logarithm for all genes at once.
 
     Parameters
     ----------
@@ -111,7 +111,8 @@ def _profile_likelihood(
 def pcc(real: Any, pred: Any, *, axis: Literal["gene", "cell"] = "gene") -> float:
     """Mean Pearson correlation of real and reconstructed values.
 
-    Range -1 to 1, best 1, chance 0 along cells (``"gene"``); along genes (``"cell"``) the mean profile alone scores high.
+    Range -1 to 1, best 1, chance 0 along cells (``"gene"``); along genes (``"cell"``) the mean profile alone scores
+    high.
 
     Parameters
     ----------

@@ -16,9 +16,11 @@ class Anchored:
     model_se, baseline_se, ceiling_se
         Standard errors of these means; NaN with fewer than two redraws.
     score
-        (model - baseline) / (ceiling - baseline): 0 like the baseline, 1 like a repeat of the experiment; may lie outside.
+        (model - baseline) / (ceiling - baseline): 0 like the baseline, 1 like a repeat of the experiment; may lie
+        outside.
     counted
-        Whether the ceiling beats the baseline by more than the asked number of standard errors. Elsewhere the score is noise.
+        Whether the ceiling beats the baseline by more than the asked number of standard errors. Elsewhere the score
+        is noise.
     """
 
     model: float
@@ -47,6 +49,7 @@ def anchored_score(
     *,
     higher_is_better: bool = True,
     n_errors: float = 3.0,
+    single_draw: bool = False,
 ) -> Anchored:
     """Place a model between a baseline and a repeat of the experiment.
 
@@ -57,8 +60,12 @@ def anchored_score(
     higher_is_better
         Orientation of the metric. The score has the same formula for both; only ``counted`` depends on it.
     n_errors
-        Standard errors by which the ceiling must beat the baseline. The error of the difference is the root of the summed squares of
-        the two standard errors.
+        Standard errors by which the ceiling must beat the baseline. The error of the difference is the root of the
+        summed squares of the two standard errors.
+    single_draw
+        Take the error of one draw (the standard deviation over redraws) instead of the error of the mean. Redraws
+        come from finite pools and share the held-out cells, so the error of the mean shrinks with more redraws while
+        these shares of the noise stay.
 
     Returns
     -------
@@ -66,6 +73,13 @@ def anchored_score(
     """
     (m, m_se), (b, b_se), (c, c_se) = (mean_and_error(np.atleast_1d(x)) for x in (model, baseline, ceiling))
     gap = c - b if higher_is_better else b - c
-    counted = bool(gap > n_errors * np.hypot(b_se, c_se))
+    error = np.hypot(_spread(baseline), _spread(ceiling)) if single_draw else np.hypot(b_se, c_se)
+    counted = bool(gap > n_errors * error)
     score = (m - b) / (c - b) if c != b else float("nan")
     return Anchored(m, m_se, b, b_se, c, c_se, float(score), counted)
+
+
+def _spread(draws: np.ndarray) -> float:
+    values = np.asarray(draws, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    return float(values.std(ddof=1)) if values.size > 1 else float("nan")
