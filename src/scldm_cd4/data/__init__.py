@@ -1,0 +1,1 @@
+"""From AnnData to validated, aligned, sparse batches."""

@@ -1,0 +1,172 @@
+"""Count matrices by rows, wherever they are stored, and their exact check."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.registry import suggestion
+
+CHUNK = 1 << 24
+"""Entries (cells x genes) that are looked at at a time."""
+TOLERANCE = 1e-6
+"""How far a count may be from a whole number."""
+MAX_TOTAL = 1e6
+"""The most counts of one cell."""
+
+
+class RowReader:
+    """Rows of ``X`` or of a layer as sparse blocks: dense, CSR, CSC, in memory, a view or backed.
+
+    Blocks are CSR float64 with the columns of the AnnData, sorted, without explicit zeros, duplicates summed. A backed
+    CSC matrix cannot be read by rows and is loaded; of other backed matrices only the rows asked for are read.
+    """
+
+    def __init__(self, adata: Any, layer: str | None = None) -> None:
+        self.where = "X" if layer is None else f"layers[{layer!r}]"
+        self.shape: tuple[int, int] = adata.shape
+        if layer is not None and layer not in adata.layers:
+            raise DataError(f"there is no layer {layer!r}.{suggestion(layer, adata.layers.keys(), 'layers are')}")
+        self._rows: np.ndarray | None = None
+        self._columns: np.ndarray | None = None
+        if layer is None and adata.isbacked and adata.is_view:  # its X would load all of the view: read from the parent
+            parent = adata._adata_ref
+            self._rows, self._columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
+            adata = parent
+        self._source = _row_readable(adata.X if layer is None else adata.layers[layer], self.where)
+
+    def read(self, rows: slice | np.ndarray) -> Any:
+        """Return a block of rows, given as a slice or in any order, also repeated."""
+        if self._rows is not None:
+            rows = self._rows[rows]
+        if isinstance(rows, slice):
+            return self._block(rows)
+        unique, inverse = np.unique(rows, return_inverse=True)
+        block = self._block(unique)
+        return block if np.array_equal(unique, rows) else block[inverse]
+
+    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Any]]:
+        """Yield all rows in order, as slices and blocks of `size` cells (None: as many as fit `CHUNK`)."""
+        size = size or max(1, CHUNK // max(self.shape[1], 1))
+        for start in range(0, self.shape[0], size):
+            part = slice(start, min(start + size, self.shape[0]))
+            yield part, self.read(part)
+
+    def _block(self, rows: slice | np.ndarray) -> Any:
+        from scipy import sparse
+
+        block = self._source[rows]
+        if self._columns is not None:
+            block = block[:, self._columns]
+        if not sparse.issparse(block):
+            _check_dtype(np.asarray(block), self.where)
+            return sparse.csr_matrix(np.asarray(block, dtype=np.float64))
+        block = block.tocsr()
+        _check_dtype(block.data, self.where)
+        if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < self.shape[1]:
+            raise DataError(f"{self.where} has column indices outside 0..{self.shape[1] - 1}: the matrix is damaged")
+        parts = (block.data.astype(np.float64), block.indices.astype(np.int32), block.indptr.astype(np.int64))
+        out = sparse.csr_matrix(parts, shape=(block.shape[0], self.shape[1]))
+        out.sum_duplicates()  # sorts the indices too
+        out.eliminate_zeros()
+        return out
+
+
+def _row_readable(matrix: Any, where: str) -> Any:
+    import h5py
+    from anndata.abc import CSCDataset, CSRDataset
+    from scipy import sparse
+
+    if matrix is None:
+        raise DataError(f"{where} is empty; name the layer that holds the raw counts: layer=...")
+    if isinstance(matrix, CSCDataset):
+        matrix = matrix.to_memory()
+    if sparse.issparse(matrix):
+        return matrix if matrix.format == "csr" else matrix.tocsr()
+    if isinstance(matrix, CSRDataset | h5py.Dataset):
+        return matrix
+    if isinstance(matrix, np.ndarray):
+        return np.asarray(matrix)
+    raise DataError(
+        f"{where} is a {type(matrix).__name__}; counts must be a numpy array, a scipy sparse or a backed matrix"
+    )
+
+
+def _check_dtype(values: np.ndarray, where: str) -> None:
+    if values.dtype.kind not in "biuf":
+        raise DataError(f"{where} has dtype {values.dtype}; counts must be numbers")
+
+
+def is_bad(values: np.ndarray) -> np.ndarray:
+    """Return which values are no counts: not finite, negative, or not whole within `TOLERANCE`."""
+    with np.errstate(invalid="ignore"):
+        return ~(np.isfinite(values) & (values >= 0) & (np.abs(values - np.rint(values)) <= TOLERANCE))
+
+
+def check_block(block: Any, start: int, where: str, obs_names: Any, genes: Any, hint: str = "") -> np.ndarray:
+    """Check that a block holds raw counts and return the totals of its cells.
+
+    Parameters
+    ----------
+    block
+        CSR, shape (cells, genes).
+    start
+        The number of its first cell.
+    where
+        The name of the matrix, in messages.
+    obs_names, genes
+        Names of all cells and of the columns.
+    hint
+        Added to the message about a value that is no count.
+
+    Returns
+    -------
+    Totals per cell, float64, shape (cells,).
+
+    Raises
+    ------
+    DataError
+        A value is NaN, infinite, negative or not whole, or a cell has more than a million counts; with its position.
+    """
+    bad = np.flatnonzero(is_bad(block.data))
+    if len(bad):
+        at = bad[0]
+        row = int(np.searchsorted(block.indptr, at, side="right")) - 1
+        gene = genes[block.indices[at]]
+        raise DataError(
+            f"{where} must hold raw counts (finite, >= 0, whole), but has {block.data[at]:g} at cell "
+            f"{obs_names[start + row]!r} (row {start + row}), gene {gene!r}.{hint}"
+        )
+    totals = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
+    if len(totals) and totals.max() > MAX_TOTAL:
+        row = int(totals.argmax())
+        raise DataError(
+            f"cell {obs_names[start + row]!r} (row {start + row}) has {totals[row]:.0f} counts in {where}; more than "
+            f"{MAX_TOTAL:.0f} per cell are no single-cell counts. Give raw UMI counts, or drop such cells"
+        )
+    return totals
+
+
+def counts_hint(adata: Any, layer: str | None) -> str:
+    """Return a sentence on where raw counts may be found, or an empty string."""
+    found = [
+        "X (layer=None)" if name is None else f"layers[{name!r}] (layer={name!r})"
+        for name in [None, *adata.layers]
+        if name != layer and _looks_like_counts(adata, name)
+    ]
+    if found:
+        return f" Raw counts seem to be in {' and '.join(found)}."
+    if adata.raw is not None:
+        return (
+            " Raw counts may be in adata.raw: adata.layers['counts'] = adata.raw[:, adata.var_names].X, layer='counts'."
+        )
+    return " The values look normalised; give the matrix as it was before normalisation and log."
+
+
+def _looks_like_counts(adata: Any, layer: str | None) -> bool:
+    try:
+        block = RowReader(adata, layer).read(slice(0, min(256, adata.n_obs)))
+    except DataError:
+        return False
+    return block.nnz > 0 and not is_bad(block.data).any()

@@ -1,0 +1,229 @@
+"""Which cells train, which stop the training, and which are held out."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.config import ROLES
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.labels import as_label, get_column, read_labels
+from scldm_cd4.registry import Registry, suggestion
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Numbers of the cells of each part, int64, ascending; every cell is in exactly one."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    spec: dict[str, Any]
+    """How the parts came about, as plain values: ``kind``, what was asked, ``seed``, cells per part under ``n_cells``,
+    and under ``untrained`` the levels by role that have cells but none in training."""
+
+
+def make_split(
+    cells: CellData,
+    split: Any = None,
+    *,
+    validation: float = 0.1,
+    seed: int,
+) -> Split:
+    """Split cells into training, validation and test.
+
+    Parameters
+    ----------
+    cells
+        Cells with labels.
+    split
+        - None: a random share `validation` of the cells of every condition; a condition with too few cells for one
+          stays in training.
+        - A number: the same with this share in place of `validation`.
+        - A dict with any of ``"validation"`` and ``"test"`` (random shares of every condition, the latter of all its
+          cells), ``"hold_out"`` (``{role or obs column: labels}``) and ``"conditions"`` (a DataFrame, or a list of
+          dicts, with roles or obs columns as names). Cells that carry ANY label of ``"hold_out"``, and cells that agree
+          in all given columns with a row of ``"conditions"``, are test cells; shares are drawn from the others.
+        - The name of an ``obs`` column, or one value per cell: ``"train"``, ``"validation"`` or ``"test"``.
+    validation
+        Share of the cells for validation, for None and a dict without it.
+    seed
+        Of the random shares.
+
+    Raises
+    ------
+    DataError
+        No training cell would be left, nothing can be held out for validation, a hold-out has no cells, or `split` is
+        not understood.
+    UnknownCategoryError
+        A label to hold out is not known.
+
+    Notes
+    -----
+    Warns when a level keeps no training cell: it then has no trained embedding and cannot be generated.
+    """
+    if cells.labels is None:
+        raise DataError("a split by condition needs labels: build the cells with labels=True")
+    if isinstance(split, Mapping):
+        parts, spec = _from_dict(cells, split, validation, seed)
+    elif split is None or (isinstance(split, int | float) and not isinstance(split, bool)):
+        parts, spec = _from_dict(cells, {}, validation if split is None else split, seed)
+    else:
+        parts, spec = _from_labels(cells, split)
+    train, held, test = (np.flatnonzero(parts == code) for code in range(len(PARTS)))
+    if not len(train):
+        raise DataError(
+            f"no cell is left for training: {len(held)} are for validation and {len(test)} for test of {cells.n_cells}"
+        )
+    spec["n_cells"] = {"train": len(train), "validation": len(held), "test": len(test)}
+    spec["untrained"] = _untrained(cells.registry, cells.labels, train)
+    return Split(train, held, test, spec)
+
+
+def _from_dict(
+    cells: CellData, split: Mapping[str, Any], validation: float, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    known = ("validation", "test", "hold_out", "conditions")
+    for name in split:
+        if name not in known:
+            raise DataError(f"unknown name {name!r} in split.{suggestion(name, known, 'names are')}")
+    shares = {"test": _share(split.get("test", 0.0), "test")}
+    shares["validation"] = _share(split.get("validation", validation), "validation")
+    spec: dict[str, Any] = {"kind": "random", **shares, "seed": seed}
+    parts = np.zeros(cells.n_cells, dtype=np.int8)
+    for name, hold_out in (("hold_out", _held_levels), ("conditions", _held_conditions)):
+        if split.get(name) is not None:
+            held, spec[name] = hold_out(cells, split[name])
+            parts[held] = PARTS.index("test")
+            spec["kind"] = "hold_out"
+    generator = np.random.default_rng(seed)
+    labels = _labels(cells)
+    for name in ("test", "validation"):
+        free = np.flatnonzero(parts == 0)
+        # a share of all cells of a condition, so that validation does not depend on how many were taken for test
+        rate = shares[name] / (1 - shares["test"]) if name == "validation" else shares[name]
+        if rate >= 1:
+            raise DataError(f"the shares of test and validation leave nothing for training: {shares}")
+        parts[free[_stratified(labels[free], rate, generator, name)]] = PARTS.index(name)
+    return parts, spec
+
+
+def _stratified(labels: np.ndarray, share: float, generator: np.random.Generator, name: str) -> np.ndarray:
+    """Return which cells are drawn: ``floor(share * n)`` of every condition, but at least one cell if share > 0."""
+    if share == 0 or not len(labels):
+        return np.zeros(0, dtype=np.int64)
+    _, condition, sizes = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+    condition = condition.ravel()
+    order = generator.permutation(len(labels))
+    order = order[np.argsort(condition[order], kind="stable")]  # conditions in turn, random within
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = order[rank < np.floor(share * np.repeat(sizes, sizes) + 1e-9)]
+    if len(chosen):
+        return chosen
+    if sizes.max() < 2:
+        raise DataError(
+            f"no condition has two cells or more, so none can be spared for {name}: give more cells per condition, or "
+            f"set {name} to 0 to train on all {len(labels)} cells"
+        )
+    wanted = max(1, int(share * len(labels)))  # all conditions are small: one cell each of some of the larger ones
+    first = order[(rank == 0) & (np.repeat(sizes, sizes) >= 2)]
+    return generator.permutation(first)[:wanted]
+
+
+def _held_levels(cells: CellData, hold_out: Any) -> tuple[np.ndarray, dict[str, list[str]]]:
+    if not isinstance(hold_out, Mapping):
+        raise DataError("hold_out takes a dict of labels by role, such as {'perturbation': ['GATA3']}")
+    held, spec = np.zeros(cells.n_cells, dtype=bool), {}
+    for name, values in hold_out.items():
+        position = _position(cells.registry, name)
+        attribute = cells.registry.attributes[position]
+        labels = [as_label(v) for v in (np.atleast_1d(np.asarray(values, dtype=object)))]
+        for label, code in zip(labels, attribute.encode(labels), strict=True):
+            found = _labels(cells)[:, position] == code
+            if not found.any():
+                raise DataError(f"hold_out: the data have no cell with {attribute.role} {label!r}")
+            held |= found
+        spec[attribute.role] = labels
+    return held, spec
+
+
+def _held_conditions(cells: CellData, conditions: Any) -> tuple[np.ndarray, list[dict[str, str]]]:
+    rows = conditions.to_dict("records") if hasattr(conditions, "to_dict") else list(conditions)
+    held, spec = np.zeros(cells.n_cells, dtype=bool), []
+    for row in rows:
+        if not isinstance(row, Mapping) or not row:
+            raise DataError("every row of conditions is a dict of labels by role or obs column")
+        found, labels = np.ones(cells.n_cells, dtype=bool), {}
+        for name, value in row.items():
+            position = _position(cells.registry, name)
+            attribute = cells.registry.attributes[position]
+            labels[attribute.role] = as_label(value)
+            found &= _labels(cells)[:, position] == attribute.encode(labels[attribute.role])
+        if not found.any():
+            raise DataError(f"conditions: the data have no cell with {labels}")
+        held |= found
+        spec.append(labels)
+    return held, spec
+
+
+def _from_labels(cells: CellData, split: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    import pandas as pd
+
+    if isinstance(split, str):
+        get_column(cells.obs, split, "split")
+        table, key, spec = cells.obs, split, {"kind": "column", "column": split}
+    else:
+        if isinstance(split, pd.Series) and not split.index.equals(cells.obs_names):
+            raise DataError(
+                "the index of the split differs from the names of the cells: reindex it, or pass its values"
+            )
+        values = np.asarray(split, dtype=object)
+        if values.shape != (cells.n_cells,):
+            raise DataError(f"a split needs one value for each of the {cells.n_cells} cells, got shape {values.shape}")
+        table, key, spec = pd.DataFrame({"split": values}), "split", {"kind": "array"}
+    codes, levels = read_labels(table, key, "split")
+    if unknown := [level for level in levels if level not in PARTS]:
+        raise DataError(f"split values must be among {PARTS}, found {unknown[:5]}")
+    return np.array([PARTS.index(level) for level in levels], dtype=np.int8)[codes], spec
+
+
+def _untrained(registry: Registry, labels: np.ndarray, train: np.ndarray) -> dict[str, list[str]]:
+    out = {}
+    for position, attribute in enumerate(registry.attributes):
+        lost = np.setdiff1d(labels[:, position], labels[train, position])
+        if len(lost):
+            out[attribute.role] = attribute.decode(lost).tolist()
+            warnings.warn(
+                f"no training cell is left for the {attribute.role} levels {out[attribute.role]}: they get no trained "
+                "embedding and cannot be generated",
+                UserWarning,
+                stacklevel=3,
+            )
+    return out
+
+
+def _position(registry: Registry, name: str) -> int:
+    """Return the place of a role, given by its name or its obs column, in `ROLES`."""
+    columns = [attribute.column for attribute in registry.attributes]
+    if name in columns:
+        return columns.index(name)
+    if name in ROLES:
+        return ROLES.index(name)
+    names = [*ROLES, *(c for c in columns if c is not None)]
+    raise DataError(f"{name!r} is neither a role nor the column of one.{suggestion(name, names, 'names are')}")
+
+
+def _labels(cells: CellData) -> np.ndarray:
+    assert cells.labels is not None
+    return cells.labels
+
+
+def _share(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise DataError(f"the share for {name} must be at least 0 and below 1, got {value!r}")
+    return float(value)
