@@ -37,18 +37,21 @@ def choose_panel(n_genes: int, targets: list[str]) -> list[str]:
     facts = read_gene_facts()
     longest = max(map(len, PROGRAMMES.values()))
     programmes = [genes[i] for i in range(longest) for genes in PROGRAMMES.values() if i < len(genes)]
-    real = list(dict.fromkeys([*targets, *programmes, *facts]))
-    made_up = [f"SIM{i:05d}" for i in range(1, n_genes - len(real) + 1)]
-    return sorted([*real, *made_up][:n_genes])
+    made_up = [f"SIM{i:05d}" for i in range(1, n_genes + 1)]
+    return sorted(list(dict.fromkeys([*targets, *programmes, *facts, *made_up]))[:n_genes])
 
 
 def choose_targets(n_perturbations: int, no_effect_share: float) -> tuple[list[str], list[str]]:
-    """Return target names and their kinds: ``known``, ``other`` (effects on genes drawn at random) or ``none``."""
+    """Return target names and their kinds: ``known``, ``other`` (effects on genes drawn at random) or ``none``.
+
+    Targets of the last two kinds are plainly expressed genes without a part in a programme.
+    """
     n_none = round(no_effect_share * n_perturbations)
     n_known = min(len(KNOWN_REGULATORS), round(0.6 * n_perturbations), n_perturbations - n_none)
     n_other = n_perturbations - n_none - n_known
     programme = {gene for genes in PROGRAMMES.values() for gene in genes}
-    plain = [gene for gene in read_gene_facts() if gene not in KNOWN_REGULATORS and gene not in programme]
+    named = {*KNOWN_REGULATORS, *programme}
+    plain = [gene for gene, fact in reversed(read_gene_facts().items()) if gene not in named and fact.base >= 6]
     plain += [f"SIM{i:05d}" for i in range(1, n_other + n_none + 1)]
     names = [*list(KNOWN_REGULATORS)[:n_known], *plain[: n_other + n_none]]
     return names, ["known"] * n_known + ["other"] * n_other + ["none"] * n_none
