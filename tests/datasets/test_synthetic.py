@@ -154,7 +154,6 @@ def test_strong_effects_show_in_a_hundred_cells(cells):
         measured = log_shares[hundred].mean(axis=0) - log_shares[labels == "NTC"].mean(axis=0)
         truth = datasets.true_log2fc(cells, perturbation)
         genes = expressed & (cells.var_names != perturbation)
-        print(perturbation, np.corrcoef(measured[genes], truth[genes])[0, 1])
         assert np.corrcoef(measured[genes], truth[genes])[0, 1] > 0.5, perturbation
 
 
@@ -241,7 +240,7 @@ def test_known_regulators_rank_toward_th1():
 def test_time_points_differ_more_than_donors(cells):
     assert cells.varm["true_timepoint_log2fc"]["Stim8hr"].std() > 3 * cells.varm["true_donor_log2fc"].std().max()
     control = cells[(cells.obs["perturbation"] == "NTC").to_numpy()]
-    shares = pd.DataFrame(control.X.toarray() / control.X.sum(axis=1).A, columns=cells.var_names)
+    shares = pd.DataFrame(control.X.toarray() / control.X.toarray().sum(axis=1, keepdims=True), columns=cells.var_names)
     means = shares.groupby(control.obs["timepoint"].to_numpy(), observed=True).mean()
     assert means.loc["Stim8hr", "IL12RB2"] > 2 * means.loc["Rest", "IL12RB2"]  # published log2 change: 2.7
 
