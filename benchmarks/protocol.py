@@ -383,38 +383,37 @@ def no_effect(scores: pd.DataFrame) -> pd.DataFrame:
 def count_checks(scorer: ConditionScorer, generated: Any) -> pd.Series:
     """Compare zeros and library sizes of generated and held-out cells, pooled over conditions.
 
-    The first n generated cells of every condition enter, n as held out, so both sides have the same composition; the
-    floor takes real training cells in their place.
+    As many generated blocks as every condition has enter, n cells each as held out, so both sides have the same
+    composition. The floor takes n real training cells in their place, over the redraws.
 
     Returns
     -------
     ``zero_fraction_difference`` (generated - real), ``library_ks`` (Kolmogorov-Smirnov statistic of the panel
-    totals), their floors and the number of cells.
+    totals), beside each the 95th percentile of its size between real cells, and the number of held-out cells.
     """
     test, rng = scorer.test, np.random.default_rng([scorer.seed, 3])
     cells = scorer.cells(generated)
-    picks: dict[str, list[np.ndarray]] = {"real": [], "model": [], "floor": []}
-    for name, context in sorted(set(zip(test.perturbation.tolist(), test.context.tolist(), strict=True))):
-        held, made, pool = (x.rows(name, context) for x in (test, cells, scorer.train))
-        if len(held) <= min(len(made), len(pool)):
-            picks["real"].append(held)
-            picks["model"].append(made[: len(held)])
-            picks["floor"].append(rng.choice(pool, len(held), replace=False))
-    real, model, floor = (
-        _zeros_and_totals(source.counts, np.concatenate(picks[which]))
-        for which, source in (("real", test), ("model", cells), ("floor", scorer.train))
-    )
+    conditions = sorted(set(zip(test.perturbation.tolist(), test.context.tolist(), strict=True)))
+    rows = [tuple(x.rows(*condition) for x in (test, cells, scorer.train)) for condition in conditions]
+    rows = [(held, made, pool) for held, made, pool in rows if len(held) <= min(len(made), len(pool))]
+    blocks = min((len(made) // len(held) for held, made, _ in rows), default=0)
+    if not blocks:
+        raise ValueError("no held-out condition has enough generated cells")
+    real = _zeros_and_totals(test.counts, [held for held, _, _ in rows])
+    model = _zeros_and_totals(cells.counts, [made[: blocks * len(held)] for held, made, _ in rows])
+    draws = ([rng.choice(pool, len(held), replace=False) for held, _, pool in rows] for _ in range(scorer.n_redraws))
+    floor = [_zeros_and_totals(scorer.train.counts, draw) for draw in draws]
     return pd.Series(
         {
             "zero_fraction_difference": model[0] - real[0],
-            "zero_fraction_floor": floor[0] - real[0],
+            "zero_fraction_floor": _upper(np.array([abs(draw[0] - real[0]) for draw in floor])),
             "library_ks": ks_2samp(model[1], real[1]).statistic,
-            "library_ks_floor": ks_2samp(floor[1], real[1]).statistic,
+            "library_ks_floor": _upper(np.array([ks_2samp(draw[1], real[1]).statistic for draw in floor])),
             "n_cells": float(len(real[1])),
         }
     )
 
 
-def _zeros_and_totals(counts: Any, rows: np.ndarray) -> tuple[float, np.ndarray]:
-    matrix = csr_matrix(counts)[rows]
+def _zeros_and_totals(counts: Any, rows: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    matrix = csr_matrix(counts)[np.concatenate(rows)]
     return 1.0 - matrix.count_nonzero() / np.prod(matrix.shape), np.asarray(matrix.sum(axis=1)).ravel()

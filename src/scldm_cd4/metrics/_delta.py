@@ -14,9 +14,15 @@ def safe_pearson(x: np.ndarray, y: np.ndarray) -> float:
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if len(a) < 2:
         return float("nan")
-    a, b = a - a.mean(), b - b.mean()
+    a, b = _centred(a), _centred(b)
     norm = np.sqrt((a @ a) * (b @ b))
     return float(np.clip(a @ b / norm, -1.0, 1.0)) if norm > 0 else float("nan")
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    """Subtract the mean; what is left of a constant vector by rounding is zero."""
+    centred = values - values.mean()
+    return centred if np.abs(centred).max() > 1e-12 * np.abs(values).max() else np.zeros_like(values)
 
 
 def chance_level(n_perturbed: int, n_control: int) -> float:
