@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scldm_cd4.datasets._genes import GeneFact, read_gene_facts
 from scldm_cd4.datasets._regulators import KNOWN_REGULATORS, PROGRAMMES, REACH_SHARES
@@ -125,8 +126,8 @@ def draw_interactions(
     shape: tuple[int, int],
     share: float,
     rng: np.random.Generator,
-) -> Array:
-    """Draw what each context adds to the main effects: genes x perturbations x contexts (donor-major), in log2.
+) -> sparse.csr_matrix:
+    """Draw what each context adds to the main effects: perturbations * donors * time points x genes, in log2.
 
     Each gene's effect is scaled by a factor that varies over contexts around one, so that the additions sum to zero
     over contexts and hold exactly `share` of the perturbation's variance. The factor is made of a part that all genes
@@ -135,9 +136,9 @@ def draw_interactions(
     """
     n_donors, n_timepoints = shape
     n_contexts = n_donors * n_timepoints
-    added = np.zeros((*effects.shape, n_contexts))
+    added = sparse.lil_matrix((len(targets) * n_contexts, len(panel)))
     if share == 0 or n_contexts == 1:
-        return added
+        return sparse.csr_matrix(added)
     row = {gene: i for i, gene in enumerate(panel)}
     for p, target in enumerate(targets):
         main = effects[:, p].copy()
@@ -153,5 +154,6 @@ def draw_interactions(
         factor = (0.8 * timepoint + 0.5 * donor[:, None] + 0.6 * own).reshape(len(genes), n_contexts)
         extra = main[genes, None] * (factor - factor.mean(axis=1, keepdims=True))
         wanted = share / (1 - share) * n_contexts * np.square(main).sum()
-        added[genes, p] = extra * np.sqrt(wanted / np.square(extra).sum())
-    return added
+        rows = np.arange(p * n_contexts, (p + 1) * n_contexts)
+        added[np.ix_(rows, genes)] = extra.T * np.sqrt(wanted / np.square(extra).sum())
+    return sparse.csr_matrix(added)

@@ -134,7 +134,7 @@ def synthetic_cd4(
         "true_timepoint_log2fc": pd.DataFrame(genes.timepoint, index=var.index, columns=timepoints),
         "true_donor_log2fc": pd.DataFrame(genes.donor, index=var.index, columns=donors),
         "true_perturbation_log2fc": pd.DataFrame(effects, index=var.index, columns=targets),
-        "true_interaction_log2fc": sparse.csr_matrix(added.reshape(n_genes, -1)),
+        "true_interaction_log2fc": sparse.csr_matrix(added.T),
     }
     return ad.AnnData(counts, obs=obs, var=var, varm=varm, uns=uns)
 
@@ -319,21 +319,23 @@ def _draw_counts(
     obs: pd.DataFrame,
     genes: GeneTruth,
     effects: Array,
-    added: Array,
+    added: sparse.csr_matrix,
     rng: np.random.Generator,
 ) -> sparse.csr_matrix:
     """Draw the counts, cells x genes, in chunks of cells."""
     base = (genes.base[:, None, None] + genes.donor[:, :, None] + genes.timepoint[:, None, :]).reshape(len(effects), -1)
-    library, activation = obs["true_library"].to_numpy(), obs["true_activation"].to_numpy()
+    by_context, by_perturbation = base.T.astype(np.float32), effects.T.astype(np.float32)
+    library, activation = obs["true_library"].to_numpy(), obs["true_activation"].to_numpy(dtype=np.float32)
     responder = obs["true_responder"].to_numpy()
-    theta = genes.theta.astype(np.float32)
+    theta, loading = genes.theta.astype(np.float32), genes.activation.astype(np.float32)
     blocks = []
     for start in range(0, len(codes), _CHUNK):
         rows = slice(start, start + _CHUNK)
         context, perturbation = codes[rows].T
-        log2_expression = base.T[context] + activation[rows, None] * genes.activation
+        log2_expression = by_context[context] + np.outer(activation[rows], loading)
         hit = np.flatnonzero(responder[rows])
-        log2_expression[hit] += effects.T[perturbation[hit]] + added[:, perturbation[hit], context[hit]].T
+        log2_expression[hit] += by_perturbation[perturbation[hit]]
+        log2_expression[hit] += added[perturbation[hit] * len(by_context) + context[hit]].toarray()
         mean = library[rows, None] * _shares(log2_expression)
         rate = rng.standard_gamma(np.broadcast_to(theta, mean.shape), dtype=np.float32) * (mean / theta)
         blocks.append(sparse.csr_matrix(rng.poisson(rate).astype(np.float32)))
