@@ -24,10 +24,12 @@ LOG_LIBRARY: dict[tuple[str, str], tuple[float, float]] = {
 REACH_SHARES = ((500, 0.035), (75, 0.10), (10, 0.23))
 
 # Genes of each programme.
-# th1, th2: lower or higher in Th2 than in Th1 cells in two of the signatures that Zhu, Dann et al. 2025 score (Ota 2021
-#   and their own). interferon: genes that interferons are known to raise (compare the hallmark interferon gamma response
-#   of MSigDB; Liberzon 2015, 10.1016/j.cels.2015.12.004). tcr: lower, and rest: higher, 8 hours after stimulation when ZAP70, CD3E, LAT or
-#   PLCG1 is knocked down (Zhu, Dann et al. 2025).
+# th1, th2: lower or higher in Th2 than in Th1 cells in two of the signatures that Zhu, Dann et al. 2025 score (that of
+#   Ota 2021 and their own).
+# interferon: genes that interferons are known to raise (compare the hallmark interferon gamma response of MSigDB;
+#   Liberzon 2015, 10.1016/j.cels.2015.12.004).
+# tcr: lower, and rest: higher, 8 hours after stimulation when ZAP70, CD3E, LAT or PLCG1 is knocked down (Zhu, Dann et
+#   al. 2025).
 PROGRAMMES: dict[str, tuple[str, ...]] = {
     name: tuple(genes.split())
     for name, genes in {
