@@ -23,3 +23,7 @@ class CheckpointError(ScldmError, ValueError):
 
 class NotTrainedError(ScldmError, RuntimeError):
     """The method needs a trained model."""
+
+
+class TrainingError(ScldmError, RuntimeError):
+    """Training could not go on; the model holds the last good weights."""

@@ -1,0 +1,94 @@
+"""Latents of many cells: each is encoded once, and kept in memory or, above a size, in a memory-mapped file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.nn import VAE
+from scldm_cd4.train.loaders import Batch, CountBatches
+
+BATCH_VALUES = 200_000
+"""Cells times genes of a batch without gradients."""
+
+
+def inference_batch_size(n_genes: int) -> int:
+    """Cells of a batch without gradients, fewer for wide panels."""
+    return max(1, min(1024, BATCH_VALUES // n_genes))
+
+
+def encoder_input(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Counts and genes (B, W) of a batch, as the encoder takes them."""
+    if "genes" in batch:
+        return batch["counts"], batch["genes"]
+    target = batch["target"]
+    return target, torch.arange(1, vae.n_genes + 1, device=target.device).expand(len(target), -1)
+
+
+def _chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, n, size):
+        yield np.arange(start, min(n, start + size))
+
+
+@torch.inference_mode()
+def encode_rows(
+    vae: VAE,
+    cells: CellData,
+    rows: NDArray[np.int64],
+    *,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+    path: str | Path | None = None,
+) -> Tensor:
+    """Encode cells in batches on the device of the network.
+
+    Parameters
+    ----------
+    rows
+        Rows of `cells`, in the order of the result.
+    batch_size
+        Cells at a time; None goes by the number of genes.
+    max_bytes, path
+        A result larger than this is kept in a memory-mapped file at `path`.
+
+    Returns
+    -------
+    float32 (n, S, L) on the CPU.
+
+    Raises
+    ------
+    ValueError
+        The result is larger than `max_bytes` and there is no `path`.
+    """
+    shape = (len(rows), vae.config.latent_tokens, vae.config.n_channels)
+    if max_bytes is not None and 4 * int(np.prod(shape)) > max_bytes:
+        if path is None:
+            raise ValueError(f"latents of shape {shape} take more than max_bytes={max_bytes}: give a path for a file")
+        out = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=torch.float32).view(shape)
+    else:
+        out = torch.empty(shape)
+    device = next(vae.parameters()).device
+    data = CountBatches(cells, rows, expressed=vae.config.encode == "expressed")
+    training = vae.training
+    vae.eval()
+    for index in _chunks(len(rows), batch_size or inference_batch_size(vae.n_genes)):
+        batch = {name: value.to(device) for name, value in data[index].items()}
+        out[index[0] : index[-1] + 1] = vae.encode(*encoder_input(vae, batch)).float().cpu()
+    vae.train(training)
+    return out.clone() if out.is_inference() else out
+
+
+@torch.inference_mode()
+def decode_means(vae: VAE, latents: Tensor, library: Tensor) -> Tensor:
+    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), in batches."""
+    device = next(vae.parameters()).device
+    genes = torch.arange(1, vae.n_genes + 1, device=device)
+    out = [
+        vae.decode(latents[index].to(device), genes, library[index].to(device))[0].float().cpu()
+        for index in map(torch.from_numpy, _chunks(len(latents), inference_batch_size(vae.n_genes)))
+    ]
+    return torch.cat(out)

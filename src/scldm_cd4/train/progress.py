@@ -1,0 +1,102 @@
+"""What a user sees of a training: one bar per stage, and nothing of Lightning's own talk."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+from scldm_cd4.train.plans import StagePlan, n_cells
+
+LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+NOISE = (
+    r".*does not have many workers",
+    r".*available but not used",
+    r".*`LeafSpec`",
+    r".*LeafSpec.*",
+    r".*tensorboardX",
+    r".*srun",
+    r"Checkpoint directory",
+)
+LOSS_EVERY = 1.0
+"""Seconds between two looks at the loss, which wait for the device."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence tips, device lines and warnings of Lightning that a user cannot act on, inside the block."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel."""
+    return "ipykernel" in sys.modules and hasattr(sys.modules["builtins"], "__IPYTHON__")
+
+
+def wants_progress(progress: bool | None) -> bool:
+    """Resolve None: a bar on a terminal or in a notebook only."""
+    return (in_notebook() or sys.stderr.isatty()) if progress is None else progress
+
+
+class ProgressBar(pl.Callback):
+    """One bar for a stage: cells, loss, cells per second, time left.
+
+    Parameters
+    ----------
+    name
+        The stage.
+    total
+        Cells of all epochs.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.bar: Any = None
+        self.seen = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar, where a resumed run left off."""
+        from tqdm.auto import tqdm
+
+        if trainer.is_global_zero:
+            done = min(self.total, round(self.total * trainer.global_step / max(1, trainer.estimated_stepping_batches)))
+            self.bar = tqdm(
+                total=self.total, initial=done, desc=self.name, unit=" cells", unit_scale=True, mininterval=0.5
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        if self.bar is None:
+            return
+        now = time.monotonic()
+        if now - self.seen > LOSS_EVERY and isinstance(pl_module, StagePlan) and pl_module.train_loss.n:
+            self.seen = now
+            loss = float(pl_module.train_loss.total) / pl_module.train_loss.n
+            self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+        self.bar.update(n_cells(batch) * trainer.world_size)
+
+    def close(self) -> None:
+        """Close the bar; may be called twice."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,288 @@
+"""Training of both stages, one after the other."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scldm_cd4._errors import CheckpointError, DataError
+from scldm_cd4.config import ModelConfig, StageConfig
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.splits import Split
+from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.train.checkpoint_io import read_state, write_state
+from scldm_cd4.train.initialise import initialise_from_data
+from scldm_cd4.train.latents import encode_rows, inference_batch_size
+from scldm_cd4.train.loaders import CountBatches, LatentBatches
+from scldm_cd4.train.plans import FlowPlan, VAEPlan
+from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
+from scldm_cd4.train.rng import isolated_rng, key_seed
+from scldm_cd4.train.stage import Hardware, StageResult, train_stage
+from scldm_cd4.train.theta import refit_theta
+
+Stage = Literal["both", "vae", "flow"]
+STAGES = ("vae", "flow")
+MAX_VALIDATION = 1_000
+"""Cells that a validation looks at."""
+MAX_LATENT_BYTES = 4 * 2**30
+"""Cached latents above this size go to a file, where there is a folder for it."""
+
+
+@dataclass
+class TrainResult:
+    """What came of a training; dicts have the keys ``vae`` and ``flow``."""
+
+    history: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """Losses by epoch."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    batch_size: dict[str, int] = field(default_factory=dict)
+    n_steps: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What a user should know: early stops, halved batches."""
+    interrupted: bool = False
+    trained: dict[str, bool] = field(default_factory=dict)
+    """Whether the stage ran to its end, in this call or in the one resumed."""
+    theta_refitted: bool = False
+    latent_use: LatentUse | None = None
+    """Held-out likelihoods that tell whether the decoder uses the latent."""
+    dit: DiT | None = None
+    """The flow network; it holds the averaged weights, which generate."""
+    online: dict[str, Tensor] | None = None
+    """Its weights at the last step, without averaging."""
+
+
+def fit(
+    vae: VAE,
+    dit_factory: Callable[[], DiT],
+    cells: CellData,
+    split: Split,
+    config: ModelConfig,
+    *,
+    seed: int,
+    stage: Stage = "both",
+    max_epochs: int | Mapping[str, int] | None = None,
+    batch_size: int | Mapping[str, int] | None = None,
+    plan_kwargs: Mapping[str, Any] | None = None,
+    accelerator: str = "auto",
+    devices: Any = "auto",
+    precision: Any = "auto",
+    early_stopping: bool = True,
+    resume_from: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
+    num_workers: int = 0,
+    progress: bool | None = None,
+    **trainer_kwargs: Any,
+) -> TrainResult:
+    """Train the autoencoder, then the flow on its latents.
+
+    Parameters
+    ----------
+    vae
+        The autoencoder, trained in place.
+    dit_factory
+        Gives the flow network when its stage begins, fresh or trained before.
+    cells, split
+        The cells and their parts.
+    config
+        How each stage is trained.
+    seed
+        Of everything drawn.
+    stage
+        Which stages to train; ``flow`` takes the autoencoder as it is.
+    max_epochs, batch_size
+        One value, or a dict with keys ``vae`` and ``flow``.
+    plan_kwargs
+        Changes of the `StageConfig`, such as ``{"lr": 1e-3}``, or a dict of them by stage.
+    resume_from
+        Folder given as `checkpoint_dir` before; goes on where that training stopped.
+    checkpoint_dir
+        Folder for training state; None writes nothing.
+    num_workers
+        Processes that prepare batches of counts.
+    progress
+        Show a bar; None on a terminal or in a notebook only.
+    trainer_kwargs
+        Passed to ``lightning.pytorch.Trainer``.
+
+    Raises
+    ------
+    DataError
+        A stage or a setting is unknown, or there are no labels for the flow.
+    TrainingError
+        A loss became infinite or not a number; the network holds the last good weights.
+    CheckpointError
+        `resume_from` has no usable training state.
+
+    Notes
+    -----
+    Warns when the trained decoder makes little use of the latent.
+    """
+    if stage not in ("both", *STAGES):
+        raise DataError(f"stage must be 'both', 'vae' or 'flow', got {stage!r}")
+    settings = {
+        "max_epochs": _by_stage(max_epochs, "max_epochs"),
+        "batch_size": _by_stage(batch_size, "batch_size"),
+        "config": _stage_configs(config, plan_kwargs),
+    }
+    hardware = Hardware(accelerator, devices, precision, num_workers, progress, trainer_kwargs)
+    folders = [None if p is None else Path(p) for p in (resume_from, checkpoint_dir)]
+    job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, *folders)
+    if stage in ("both", "vae"):
+        job.train_vae()
+    if stage in ("both", "flow") and not job.result.interrupted:
+        job.train_flow(dit_factory)
+    return job.result
+
+
+@dataclass
+class _Job:
+    """A training in progress."""
+
+    vae: VAE
+    cells: CellData
+    split: Split
+    seed: int
+    settings: dict[str, dict[str, Any]]
+    hardware: Hardware
+    early_stopping: bool
+    resume_from: Path | None
+    folder: Path | None
+    result: TrainResult = field(default_factory=TrainResult)
+
+    def __post_init__(self) -> None:
+        if self.resume_from is not None:
+            if not any((self.resume_from / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow")):
+                raise CheckpointError(f"there is no training state in {self.resume_from}")
+            self.folder = self.folder or self.resume_from
+        generator = np.random.default_rng(key_seed(self.seed, 10))
+        held_out = self.split.validation
+        if len(held_out) > MAX_VALIDATION:
+            held_out = np.sort(generator.choice(held_out, MAX_VALIDATION, replace=False))
+        self.held_out: NDArray[np.int64] = held_out
+
+    def train_vae(self) -> None:
+        """Train the autoencoder, refit its dispersions, and look whether the latent is used."""
+        config: StageConfig = self.settings["config"]["vae"]
+        if self._take_finished_vae():
+            return
+        rows, vae = self.split.train, self.vae
+        generator = np.random.default_rng(key_seed(self.seed, 11))
+        if config.data_init:
+            with isolated_rng(key_seed(self.seed, 12)):
+                initialise_from_data(vae, self.cells, rows, generator)
+        profile = Profile.fit(self.cells, rows, np.random.default_rng(key_seed(self.seed, 13)))
+        compared = self.held_out if len(self.held_out) else rows[:MAX_VALIDATION]
+        mean_profile = profile.nll(vae, self.cells, compared)
+        expressed = vae.config.encode == "expressed"
+        result = self._stage(
+            "vae",
+            VAEPlan(vae, config, key_seed(self.seed, 14)),
+            CountBatches(self.cells, rows, expressed=expressed),
+            CountBatches(self.cells, self.held_out, expressed=expressed) if len(self.held_out) else None,
+            validation_batch_size=inference_batch_size(vae.n_genes),
+            constants={"mean_profile_nll": mean_profile},
+        )
+        if config.refit_theta:
+            generator = np.random.default_rng(key_seed(self.seed, 15))
+            self.result.theta_refitted = refit_theta(vae, self.cells, rows, generator)
+        if result.interrupted:
+            return
+        self.result.latent_use = use = latent_use(vae, self.cells, compared, mean_profile)
+        if use.ignored:
+            self.result.notes.append(use.warning())
+            warnings.warn(use.warning(), UserWarning, stacklevel=4)
+        if self.folder is not None:
+            state = {"network": vae.state_dict(), "rows": self.result.history["vae"].reset_index().to_dict("records")}
+            write_state(state | {"theta_refitted": self.result.theta_refitted}, self.folder / "vae_done.safetensors")
+
+    def train_flow(self, dit_factory: Callable[[], DiT]) -> None:
+        """Encode all cells once and train the flow on their latents."""
+        if self.cells.labels is None:
+            raise DataError("the flow stage needs labels: build the cells with labels=True")
+        config: StageConfig = self.settings["config"]["flow"]
+        with isolated_rng(key_seed(self.seed, 20)):
+            dit = dit_factory()
+        labels = torch.as_tensor(self.cells.labels)
+        parts = [self._latents(rows, name) for name, rows in (("train", self.split.train), ("held_out", self.held_out))]
+        train, held_out = (
+            LatentBatches(z, labels[torch.from_numpy(rows)]) if z is not None else None
+            for z, rows in zip(parts, (self.split.train, self.held_out), strict=True)
+        )
+        plan = FlowPlan(dit, config, key_seed(self.seed, 21))
+        self._stage("flow", plan, train, held_out, hardware=replace(self.hardware, num_workers=0))
+        self.result.online = {k: v.detach().to("cpu", copy=True) for k, v in dit.state_dict().items()}
+        if plan.ema is not None:
+            plan.ema.to(next(dit.parameters()).device).copy_to(dit)
+        self.result.dit = dit
+
+    def _latents(self, rows: NDArray[np.int64], name: str) -> Tensor | None:
+        if not len(rows):
+            return None
+        path = None if self.folder is None else self.folder / f"latents_{name}.bin"
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return encode_rows(self.vae, self.cells, rows, max_bytes=path and MAX_LATENT_BYTES, path=path)
+
+    def _stage(self, name: str, plan: Any, train: Any, held_out: Any, **options: Any) -> StageResult:
+        resume = None if self.resume_from is None else self.resume_from / f"{name}.safetensors"
+        options = {"hardware": self.hardware} | options
+        result = train_stage(
+            plan,
+            train,
+            held_out,
+            self.settings["config"][name],
+            seed=key_seed(self.seed, 30, STAGES.index(name)),
+            max_epochs=self.settings["max_epochs"][name],
+            batch_size=self.settings["batch_size"][name],
+            early_stopping=self.early_stopping,
+            resume_from=resume if resume is not None and resume.is_file() else None,
+            checkpoint=None if self.folder is None else self.folder / f"{name}.safetensors",
+            name={"vae": "autoencoder", "flow": "flow"}[name],
+            **options,
+        )
+        out = self.result
+        out.history[name], out.seconds[name], out.batch_size[name] = result.history, result.seconds, result.batch_size
+        out.n_steps[name], out.interrupted = result.n_steps, result.interrupted
+        out.trained[name] = not result.interrupted
+        out.notes += [f"{name}: {note}" for note in result.notes]
+        return result
+
+    def _take_finished_vae(self) -> bool:
+        path = None if self.resume_from is None else self.resume_from / "vae_done.safetensors"
+        if path is None or not path.is_file():
+            return False
+        state = read_state(path)
+        self.vae.load_state_dict(state["network"])
+        self.vae.eval()
+        self.result.history["vae"] = pd.DataFrame(state["rows"]).set_index("epoch")
+        self.result.theta_refitted, self.result.trained["vae"] = state["theta_refitted"], True
+        self.result.notes.append("vae: taken from the training that was resumed")
+        return True
+
+
+def _by_stage(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(STAGES, value)
+    if unknown := sorted(set(value) - set(STAGES)):
+        raise DataError(f"{name} takes one value or a dict with keys 'vae' and 'flow', not {unknown}")
+    return {stage: value.get(stage) for stage in STAGES}
+
+
+def _stage_configs(config: ModelConfig, changes: Mapping[str, Any] | None) -> dict[str, StageConfig]:
+    split = changes is not None and set(changes) <= set(STAGES)
+    by_stage = _by_stage(changes if split else dict.fromkeys(STAGES, changes), "plan_kwargs")
+    known = sorted(f.name for f in fields(StageConfig))
+    out = {}
+    for stage, base in zip(STAGES, (config.train_vae, config.train_flow), strict=True):
+        wanted = dict(by_stage[stage] or {})
+        if unknown := sorted(set(wanted) - set(known)):
+            raise DataError(f"unknown in plan_kwargs for {stage!r}: {unknown}; known: {known}")
+        out[stage] = replace(base, **wanted)
+    return out

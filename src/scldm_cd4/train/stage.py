@@ -1,0 +1,255 @@
+"""Training of one stage under Lightning."""
+
+import gc
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+
+from scldm_cd4._errors import DataError, TrainingError
+from scldm_cd4.config import StageConfig
+from scldm_cd4.train.checkpoint_io import SafetensorsIO
+from scldm_cd4.train.guard import Guard
+from scldm_cd4.train.loaders import Batch, make_loader
+from scldm_cd4.train.plans import StagePlan
+from scldm_cd4.train.progress import ProgressBar, quiet, wants_progress
+from scldm_cd4.train.rng import isolated_rng
+
+N_VALIDATIONS = 25
+"""About so many validations are made in a run."""
+REMEDY = (
+    "Training stopped and the model holds the last good weights. Try a lower learning rate (plan_kwargs={'lr': ...}), a "
+    "larger batch, or fp32 (precision='32'), and check that the counts are raw and have no extreme values."
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a stage runs, in Lightning's words."""
+
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    precision: Any = "auto"
+    num_workers: int = 0
+    progress: bool | None = None
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageResult:
+    """What came of a stage."""
+
+    history: pd.DataFrame
+    seconds: float
+    batch_size: int
+    n_steps: int
+    notes: list[str]
+    interrupted: bool
+
+
+def n_epochs(config: StageConfig, n: int, batch_size: int, max_epochs: int | None = None) -> int:
+    """Epochs of a stage on `n` cells: those asked for, those of the configuration, or as `target_steps` needs."""
+    chosen = max_epochs if max_epochs is not None else config.max_epochs
+    if chosen is None:
+        return math.ceil(config.target_steps / math.ceil(n / batch_size))
+    if chosen < 1:
+        raise DataError(f"max_epochs must be at least 1, got {chosen}")
+    return chosen
+
+
+def train_stage(
+    plan: StagePlan,
+    train: Dataset[Batch],
+    validation: Dataset[Batch] | None,
+    config: StageConfig,
+    *,
+    seed: int,
+    max_epochs: int | None = None,
+    batch_size: int | None = None,
+    validation_batch_size: int | None = None,
+    hardware: Hardware | None = None,
+    early_stopping: bool = True,
+    resume_from: Path | None = None,
+    checkpoint: Path | None = None,
+    constants: dict[str, float] | None = None,
+    name: str = "training",
+) -> StageResult:
+    """Train the network of a plan; it ends with the weights to use, in evaluation mode.
+
+    Parameters
+    ----------
+    plan
+        Step and losses.
+    train, validation
+        Items are batches at arrays of positions. Without validation cells there is no early stopping.
+    config
+        Used for epochs and batch size where these are not given.
+    seed
+        Of the order of the cells; the plan has its own.
+    early_stopping
+        End when the validation loss no longer falls, and keep the best weights; else keep the last.
+    resume_from
+        File of training state to go on from.
+    checkpoint
+        File to write training state to.
+    constants
+        Further columns of the history.
+
+    Raises
+    ------
+    TrainingError
+        The loss or a weight became infinite or not a number; the network then holds the last good weights.
+    CheckpointError
+        `resume_from` cannot be read.
+
+    Notes
+    -----
+    The global generators of torch, numpy and Python are as before. Where memory runs out, the stage starts again with
+    half the batch, down to one cell, with a warning: the result is that of the smaller batch.
+    """
+    hardware = hardware or Hardware()
+    n = len(train)  # type: ignore[arg-type]
+    batch = min(batch_size or config.batch_size, n)
+    if batch < 1:
+        raise DataError(f"a stage needs at least one cell and a batch_size of at least 1, got {n} and {batch_size}")
+    start = {k: v.detach().to("cpu", copy=True) for k, v in plan.network.state_dict().items()}
+    began, notes = time.monotonic(), []
+    while True:
+        try:
+            run = _Run(plan, config, n, batch, max_epochs, early_stopping and validation is not None, hardware, seed)
+            guard, n_steps = run.fit(
+                train, validation, validation_batch_size or batch, resume_from, checkpoint, constants or {}, name
+            )
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or batch == 1:
+                raise
+            batch //= 2
+            notes.append(f"out of memory: batch_size halved to {batch}")
+        # outside the except block, so that the traceback no longer holds the tensors of the step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"{name}: the memory ran out; starting again with batch_size={batch}", UserWarning, stacklevel=2)
+        plan.network.load_state_dict(start)
+    if guard.stopped_early:
+        notes.append(f"stopped early after {len(guard.rows)} epochs; the best weights were kept")
+    if guard.interrupted:
+        notes.append(f"interrupted after {n_steps} steps; the weights of that moment were kept")
+    history = pd.DataFrame(guard.rows, columns=["epoch", "train_loss", "validation_loss", *(constants or {}), "lr"])
+    return StageResult(history.set_index("epoch"), time.monotonic() - began, batch, n_steps, notes, guard.interrupted)
+
+
+@dataclass
+class _Run:
+    """One attempt at a stage, with a given batch size."""
+
+    plan: StagePlan
+    config: StageConfig
+    n: int
+    batch: int
+    max_epochs: int | None
+    early: bool
+    hardware: Hardware
+    seed: int
+
+    def fit(
+        self,
+        train: Dataset[Batch],
+        validation: Dataset[Batch] | None,
+        validation_batch: int,
+        resume_from: Path | None,
+        checkpoint: Path | None,
+        constants: dict[str, float],
+        name: str,
+    ) -> tuple[Guard, int]:
+        """Train; return the guard and the optimiser steps made."""
+        plan, epochs = self.plan, n_epochs(self.config, self.n, self.batch, self.max_epochs)
+        every = max(1, epochs // N_VALIDATIONS)
+        patience = max(5, math.ceil(0.2 * epochs / every)) if self.early else None
+        guard = Guard(every=every, patience=patience, constants=constants, checkpoint=checkpoint)
+        hardware, bar = resolve_hardware(self.hardware), ProgressBar(name, epochs * self.n)
+        options = {"num_workers": hardware.num_workers, "pin_memory": hardware.accelerator in ("gpu", "cuda")}
+        loader = make_loader(train, self.batch, self.seed, **options)
+        held_out = None if validation is None else make_loader(validation, validation_batch, None)
+        plan.begin()
+        plan.network.train()
+        callbacks = [guard, *([bar] if wants_progress(hardware.progress) else [])]
+        with isolated_rng(self.seed), quiet(), guard.catching_interrupts():
+            trainer = self._trainer(hardware, epochs, every, len(loader), callbacks)
+            try:
+                trainer.fit(plan, loader, held_out, ckpt_path=resume_from and str(resume_from))
+            except TrainingError as error:
+                self._restore(guard)
+                raise TrainingError(f"{name}: {error}. {REMEDY}") from None
+            except SystemExit as stop:  # how Lightning ends on a KeyboardInterrupt
+                if not isinstance(stop.__context__, KeyboardInterrupt):
+                    raise
+                guard.interrupted = True
+            finally:
+                bar.close()
+        if guard.interrupted:
+            plan.network.eval()
+        else:
+            self._restore(guard)
+        return guard, trainer.global_step
+
+    def _restore(self, guard: Guard) -> None:
+        if guard.kept is not None:
+            self.plan.restore(guard.kept)
+        self.plan.network.eval()
+
+    def _trainer(self, hardware: Hardware, epochs: int, every: int, n_batches: int, callbacks: list[Any]) -> pl.Trainer:
+        extra = dict(hardware.trainer_kwargs)
+        options: dict[str, Any] = {
+            "max_epochs": epochs,
+            "accelerator": hardware.accelerator,
+            "devices": hardware.devices,
+            "precision": hardware.precision,
+            "gradient_clip_val": self.config.clip_norm or None,
+            "check_val_every_n_epoch": every,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10**9,
+            "use_distributed_sampler": False,
+            "callbacks": [*callbacks, *extra.pop("callbacks", [])],
+            "plugins": [SafetensorsIO(), *extra.pop("plugins", [])],
+        }
+        if self.max_epochs is None and self.config.max_epochs is None and n_batches > self.config.target_steps:
+            options["limit_train_batches"] = self.config.target_steps  # one pass over the cells would be longer
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            options["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return pl.Trainer(**options | extra)
+
+
+def resolve_hardware(hardware: Hardware) -> Hardware:
+    """Replace ``auto``: CUDA where it is, one device unless started by torchrun, bf16 on CUDA and fp32 elsewhere."""
+    accelerator, devices, precision = hardware.accelerator, hardware.devices, hardware.precision
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if devices == "auto":
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if precision == "auto":
+        bf16 = accelerator in ("gpu", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16-mixed" if bf16 else "32-true"
+    precision = {"fp32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
+    return replace(hardware, accelerator=accelerator, devices=devices, precision=precision)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, on a GPU or in its allocator on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text and ("memory" in text)

@@ -1,0 +1,103 @@
+"""Dispersions by maximum likelihood for given means."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.nn import VAE
+from scldm_cd4.train.latents import decode_means, encode_rows
+
+BOUNDS = (1e-3, 1e4)
+"""Range of fitted dispersions; the upper end is Poisson for all that matters."""
+MAX_CELLS = 5_000
+MAX_VALUES = 15_000_000
+"""Cells times genes that a fit looks at."""
+
+
+def fit_theta(x: Tensor, mu: Tensor, n_iterations: int = 15) -> Tensor:
+    """Inverse dispersion of each gene that maximises the negative binomial likelihood at given means.
+
+    Newton steps on log theta, with bisection of a bracket where a step leaves it, all genes at once.
+
+    Parameters
+    ----------
+    x, mu
+        Counts and means (n, G).
+
+    Returns
+    -------
+    (G,) within `BOUNDS`; the upper bound for a gene without counts.
+    """
+    low, high = (torch.full(x.shape[1:], math.log(b), dtype=torch.float64, device=x.device) for b in BOUNDS)
+    u = moment_theta(x, mu).double().clamp(*BOUNDS).log()
+    row, gene = torch.nonzero(x, as_tuple=True)
+    positive = x[row, gene].double()
+    for _ in range(n_iterations):
+        theta = u.exp()
+        first, second = _derivatives(theta, x, mu, gene, positive)
+        slope, curvature = theta * first, theta * theta * second + theta * first
+        low, high = torch.where(slope > 0, u, low), torch.where(slope > 0, high, u)
+        step = u - slope / curvature
+        inside = (curvature < 0) & (step > low) & (step < high)
+        u = torch.where(inside, step, 0.5 * (low + high))
+    return torch.where(x.sum(0) > 0, u.exp(), BOUNDS[1]).to(mu.dtype)
+
+
+def _derivatives(theta: Tensor, x: Tensor, mu: Tensor, gene: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the log-likelihood by theta (G,), digammas taken at positive counts only."""
+    t = theta.to(mu.dtype)
+    total = t + mu
+    n = x.shape[0]
+    first = n * (theta.log() + 1) - (total.log() + (t + x) / total).sum(0, dtype=torch.float64)
+    second = n / theta - (2 / total - (t + x) / total.square()).sum(0, dtype=torch.float64)
+    shifted = positive + theta[gene]
+    for out, f in ((first, torch.digamma), (second, lambda v: torch.polygamma(1, v))):
+        out.index_add_(0, gene, f(shifted) - f(theta)[gene])
+    return first, second
+
+
+def moment_theta(x: Tensor, mu: Tensor) -> Tensor:
+    """Inverse dispersion (G,) from sum (x - mu)^2 = sum mu + sum mu^2 / theta; counts and means (n, G)."""
+    excess = ((x - mu).square() - mu).sum(0)
+    theta = mu.square().sum(0) / excess.clamp(min=1e-12)
+    return theta.clamp(*BOUNDS)
+
+
+def set_theta(vae: VAE, theta: Tensor) -> bool:
+    """Write dispersions (G,) into the table of the head; False where the head has none."""
+    head: Any = vae.decoder_head
+    with torch.no_grad():
+        if hasattr(head, "theta"):
+            head.theta.weight[1:, 0] = theta.log().to(head.theta.weight)
+        elif hasattr(head, "theta_embed"):
+            raw = (theta.double() - 1e-5).clamp(min=1e-6)  # inverse of softplus + 1e-5
+            head.theta_embed.weight[1:, 0] = (raw + torch.log(-torch.expm1(-raw))).to(head.theta_embed.weight)
+        else:
+            return False
+    return True
+
+
+def sample_rows(rows: NDArray[np.int64], n_genes: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """At most `MAX_CELLS` of the rows, fewer for wide panels, in order."""
+    n = min(len(rows), MAX_CELLS, max(200, MAX_VALUES // n_genes))
+    return np.sort(generator.choice(rows, n, replace=False))
+
+
+def refit_theta(vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator) -> bool:
+    """Fit the table of dispersions to the means that the trained networks give for a sample of the training cells.
+
+    Returns
+    -------
+    False where the head has no such table.
+    """
+    if not (hasattr(vae.decoder_head, "theta") or hasattr(vae.decoder_head, "theta_embed")):
+        return False
+    rows = sample_rows(rows, vae.n_genes, generator)
+    x = torch.from_numpy(cells.counts(rows).toarray())
+    mu = decode_means(vae, encode_rows(vae, cells, rows), x.sum(1, keepdim=True))
+    return set_theta(vae, fit_theta(x, mu))
