@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
-from scipy.stats import ks_2samp
 
 from scldm_cd4 import metrics
 
@@ -275,7 +273,7 @@ class ConditionScorer:
                 **vars(anchored),
                 "counted_single": single.counted,
                 "repeat_q05": float(np.nanquantile(repeat, 0.05)) if anchored.counted else float("nan"),
-                "real_q95": _upper(np.concatenate([low, high])),
+                "real_q95": upper(np.concatenate([low, high])),
                 "model_max": float(np.max(values)),
             }
             if metric not in ANCHORED:
@@ -323,7 +321,7 @@ def score_conditions(
     return scorer.score(generated)
 
 
-def _upper(draws: np.ndarray) -> float:
+def upper(draws: np.ndarray) -> float:
     """95th percentile of the defined draws, as a value that occurred."""
     values = draws[~np.isnan(draws)]
     return float(np.quantile(values, 0.95, method="higher")) if values.size else float("nan")
@@ -378,42 +376,3 @@ def no_effect(scores: pd.DataFrame) -> pd.DataFrame:
     table = scores[(scores["metric"] == "n_de") & (scores["n_de_real"] == 0) & (scores["n_de_train"] == 0)]
     table = table.set_index("perturbation")[["n", "model", "model_max", "real_q95"]]
     return table.rename(columns={"real_q95": "allowed"}).assign(within=table["model"] <= table["real_q95"])
-
-
-def count_checks(scorer: ConditionScorer, generated: Any) -> pd.Series:
-    """Compare zeros and library sizes of generated and held-out cells, pooled over conditions.
-
-    As many generated blocks as every condition has enter, n cells each as held out, so both sides have the same
-    composition. The floor takes n real training cells in their place, over the redraws.
-
-    Returns
-    -------
-    ``zero_fraction_difference`` (generated - real), ``library_ks`` (Kolmogorov-Smirnov statistic of the panel
-    totals), beside each the 95th percentile of its size between real cells, and the number of held-out cells.
-    """
-    test, rng = scorer.test, np.random.default_rng([scorer.seed, 3])
-    cells = scorer.cells(generated)
-    conditions = sorted(set(zip(test.perturbation.tolist(), test.context.tolist(), strict=True)))
-    rows = [tuple(x.rows(*condition) for x in (test, cells, scorer.train)) for condition in conditions]
-    rows = [(held, made, pool) for held, made, pool in rows if len(held) <= min(len(made), len(pool))]
-    blocks = min((len(made) // len(held) for held, made, _ in rows), default=0)
-    if not blocks:
-        raise ValueError("no held-out condition has enough generated cells")
-    real = _zeros_and_totals(test.counts, [held for held, _, _ in rows])
-    model = _zeros_and_totals(cells.counts, [made[: blocks * len(held)] for held, made, _ in rows])
-    draws = ([rng.choice(pool, len(held), replace=False) for held, _, pool in rows] for _ in range(scorer.n_redraws))
-    floor = [_zeros_and_totals(scorer.train.counts, draw) for draw in draws]
-    return pd.Series(
-        {
-            "zero_fraction_difference": model[0] - real[0],
-            "zero_fraction_floor": _upper(np.array([abs(draw[0] - real[0]) for draw in floor])),
-            "library_ks": ks_2samp(model[1], real[1]).statistic,
-            "library_ks_floor": _upper(np.array([ks_2samp(draw[1], real[1]).statistic for draw in floor])),
-            "n_cells": float(len(real[1])),
-        }
-    )
-
-
-def _zeros_and_totals(counts: Any, rows: list[np.ndarray]) -> tuple[float, np.ndarray]:
-    matrix = csr_matrix(counts)[np.concatenate(rows)]
-    return 1.0 - matrix.count_nonzero() / np.prod(matrix.shape), np.asarray(matrix.sum(axis=1)).ravel()

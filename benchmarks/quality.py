@@ -1,4 +1,4 @@
-"""How good are generated cells on real data?
+"""Measure how good generated cells are on real data.
 
 Trains a model per seed and prints its scores beside floor, baseline and ceiling::
 
@@ -19,8 +19,10 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix
+from scipy.stats import ks_2samp
 
-from protocol import ConditionScorer, count_checks, no_effect, summarise
+from protocol import ANCHORED, ConditionScorer, no_effect, summarise, upper
 from scldm_cd4 import metrics
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -74,6 +76,45 @@ def conditions_of(test: ad.AnnData, data: Dataset, blocks: int) -> pd.DataFrame:
     """Ask for ``blocks`` times as many cells per condition as are held out."""
     table = test.obs.groupby([data.perturbation_key, data.donor_key], observed=True).size().rename("n_cells")
     return (table * blocks).reset_index().astype({data.perturbation_key: str, data.donor_key: str})
+
+
+def count_checks(scorer: ConditionScorer, generated: Any) -> pd.Series:
+    """Compare zeros and library sizes of generated and held-out cells, pooled over conditions.
+
+    As many generated blocks as every condition has enter, n cells each as held out, so both sides have the same
+    composition. The floor takes n real training cells in their place, over the redraws.
+
+    Returns
+    -------
+    ``zero_fraction_difference`` (generated - real), ``library_ks`` (Kolmogorov-Smirnov statistic of the panel
+    totals), beside each the 95th percentile of its size between real cells, and the number of held-out cells.
+    """
+    test, rng = scorer.test, np.random.default_rng([scorer.seed, 3])
+    cells = scorer.cells(generated)
+    conditions = sorted(set(zip(test.perturbation.tolist(), test.context.tolist(), strict=True)))
+    rows = [tuple(x.rows(*condition) for x in (test, cells, scorer.train)) for condition in conditions]
+    rows = [(held, made, pool) for held, made, pool in rows if len(held) <= min(len(made), len(pool))]
+    blocks = min((len(made) // len(held) for held, made, _ in rows), default=0)
+    if not blocks:
+        raise ValueError("no held-out condition has enough generated cells")
+    real = _zeros_and_totals(test.counts, [held for held, _, _ in rows])
+    model = _zeros_and_totals(cells.counts, [made[: blocks * len(held)] for held, made, _ in rows])
+    draws = ([rng.choice(pool, len(held), replace=False) for held, _, pool in rows] for _ in range(scorer.n_redraws))
+    floor = [_zeros_and_totals(scorer.train.counts, draw) for draw in draws]
+    return pd.Series(
+        {
+            "zero_fraction_difference": model[0] - real[0],
+            "zero_fraction_floor": upper(np.array([abs(draw[0] - real[0]) for draw in floor])),
+            "library_ks": ks_2samp(model[1], real[1]).statistic,
+            "library_ks_floor": upper(np.array([ks_2samp(draw[1], real[1]).statistic for draw in floor])),
+            "n_cells": float(len(real[1])),
+        }
+    )
+
+
+def _zeros_and_totals(counts: Any, rows: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    matrix = csr_matrix(counts)[np.concatenate(rows)]
+    return 1.0 - matrix.count_nonzero() / np.prod(matrix.shape), np.asarray(matrix.sum(axis=1)).ravel()
 
 
 def reconstruction(model: Any, train: ad.AnnData, test: ad.AnnData) -> pd.DataFrame:
@@ -187,6 +228,22 @@ def report(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
+def over_seeds(scores: list[pd.DataFrame], seeds: list[int]) -> dict[str, pd.DataFrame]:
+    """Put the training seeds side by side: the median per metric, and the score of every perturbation that counts."""
+    medians = pd.DataFrame({seed: summarise(table)["median"] for seed, table in zip(seeds, scores, strict=True)})
+    single = [summarise(table, "counted_single")["median"] for table in scores]
+    every = pd.concat(scores, keys=seeds, names=["seed"]).reset_index(level="seed")
+    counted = every[every["counted"] & every["metric"].isin(ANCHORED)]
+    each = counted.pivot_table(index=["metric", "perturbation", "counted_single"], columns="seed", values="score")
+    return {
+        "median anchored score by training seed": medians,
+        "the same over perturbations that one repeat tells from the control": pd.DataFrame(
+            dict(zip(seeds, single, strict=True))
+        ),
+        "anchored score by training seed": each,
+    }
+
+
 def show(text: str) -> None:
     """Print at once, also into a pipe."""
     print(text, flush=True)
@@ -215,8 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         show(f"ceilings and baselines in {time.perf_counter() - start:.0f} s")
     runs = [run_seed(seed, data, (train, test), scorer, options) for seed in options.seeds]
     if scorer is not None:
-        medians = pd.DataFrame({run["seed"]: summarise(pd.DataFrame(run["scores"]))["median"] for run in runs})
-        show(f"\nmedian anchored score by training seed\n{medians.round(3).to_string()}")
+        for name, table in over_seeds([pd.DataFrame(run["scores"]) for run in runs], options.seeds).items():
+            show(f"\n{name}\n{table.round(3).to_string()}")
     if options.out is not None:
         options.out.write_text(json.dumps({"options": vars(options), "runs": runs}, indent=1, default=str))
 
