@@ -81,7 +81,7 @@ def read_labels(obs: Any, key: Any, what: str) -> tuple[np.ndarray, tuple[str, .
     column = get_column(obs, key, what)
     try:
         codes, values = pd.factorize(column)
-        names = [as_label(value) for value in np.asarray(values, dtype=object)]
+        names = [as_label(value) for value in np.asarray(values)]
     except (TypeError, UnicodeDecodeError) as error:
         raise DataError(f"obs[{key!r}] ({what}) holds values that cannot be labels: {error}") from error
     is_empty = np.array([*(not name for name in names), True])  # the last one is for code -1: missing

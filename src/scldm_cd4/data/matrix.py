@@ -30,10 +30,11 @@ class RowReader:
             raise DataError(f"there is no layer {layer!r}.{suggestion(layer, adata.layers.keys(), 'layers are')}")
         self._rows: np.ndarray | None = None
         self._columns: np.ndarray | None = None
-        if layer is None and adata.isbacked and adata.is_view:  # its X would load all of the view: read from the parent
+        if adata.is_view:  # its X would be copied as a whole, from the file if backed: read rows of the parent
             parent = adata._adata_ref
             self._rows, self._columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
             adata = parent
+        self._width: int = adata.n_vars
         self._source = _row_readable(adata.X if layer is None else adata.layers[layer], self.where)
 
     def read(self, rows: slice | np.ndarray) -> Any:
@@ -48,7 +49,7 @@ class RowReader:
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Any]]:
         """Yield all rows in order, as slices and blocks of `size` cells (None: as many as fit `CHUNK`)."""
-        size = size or max(1, CHUNK // max(self.shape[1], 1))
+        size = size or max(1, CHUNK // max(self._width, 1))
         for start in range(0, self.shape[0], size):
             part = slice(start, min(start + size, self.shape[0]))
             yield part, self.read(part)
@@ -57,15 +58,16 @@ class RowReader:
         from scipy import sparse
 
         block = self._source[rows]
-        if self._columns is not None:
-            block = block[:, self._columns]
         if not sparse.issparse(block):
-            _check_dtype(np.asarray(block), self.where)
-            return sparse.csr_matrix(np.asarray(block, dtype=np.float64))
+            block = np.asarray(block)
+            _check_dtype(block, self.where)
+            return sparse.csr_matrix(block if self._columns is None else block[:, self._columns], dtype=np.float64)
         block = block.tocsr()
         _check_dtype(block.data, self.where)
-        if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < self.shape[1]:
-            raise DataError(f"{self.where} has column indices outside 0..{self.shape[1] - 1}: the matrix is damaged")
+        if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < self._width:
+            raise DataError(f"{self.where} has column indices outside 0..{self._width - 1}: the matrix is damaged")
+        if self._columns is not None:
+            block = block[:, self._columns]
         parts = (block.data.astype(np.float64), block.indices.astype(np.int32), block.indptr.astype(np.int64))
         out = sparse.csr_matrix(parts, shape=(block.shape[0], self.shape[1]))
         out.sum_duplicates()  # sorts the indices too

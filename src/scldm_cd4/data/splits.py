@@ -122,7 +122,8 @@ def _stratified(labels: np.ndarray, share: float, generator: np.random.Generator
     order = generator.permutation(len(labels))
     order = order[np.argsort(condition[order], kind="stable")]  # conditions in turn, random within
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = order[rank < np.floor(share * np.repeat(sizes, sizes) + 1e-9)]
+    take = np.minimum(np.floor(share * sizes + 1e-9), sizes - 1)  # 1e-9: 0.1 * 10 cells are one cell
+    chosen = order[rank < np.repeat(take, sizes)]
     if len(chosen):
         return chosen
     if sizes.max() < 2:
