@@ -190,7 +190,8 @@ class Registry:
         min_cells
             Contexts with fewer cells take the library sizes of their time point.
         """
-        codes, numbers = np.unique(labels, axis=0, return_counts=True)
+        keys, numbers = np.unique(np.ravel_multi_index(tuple(labels.T), self.vocabulary), return_counts=True)
+        codes = np.stack(np.unravel_index(keys, self.vocabulary), axis=1)
         counts: dict[str, dict[str, dict[str, int]]] = {}
         for (donor, timepoint, perturbation), n in zip(codes.tolist(), numbers.tolist(), strict=True):
             by_donor = counts.setdefault(self.perturbation.levels[perturbation], {})

@@ -117,8 +117,8 @@ def _stratified(labels: np.ndarray, share: float, generator: np.random.Generator
     """Return which cells are drawn: ``floor(share * n)`` of every condition, but at least one cell if share > 0."""
     if share == 0 or not len(labels):
         return np.zeros(0, dtype=np.int64)
-    _, condition, sizes = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
-    condition = condition.ravel()
+    keys = np.ravel_multi_index(tuple(labels.T), tuple(labels.max(axis=0) + 1))
+    _, condition, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     order = generator.permutation(len(labels))
     order = order[np.argsort(condition[order], kind="stable")]  # conditions in turn, random within
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
