@@ -89,6 +89,8 @@ def test_nothing_is_replaced_unasked(folder, tmp_path):
     for name in ("data", "file"):
         with pytest.raises(FileExistsError):
             save_folder(tmp_path / name, **contents(), overwrite=True)
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        save_folder(tmp_path / "file" / "model", **contents())
     assert (tmp_path / "data" / "cells.h5ad").read_text() == "precious"
     assert (tmp_path / "file").read_text() == "precious"
     assert (folder / "notes.txt").read_text() == "mine"

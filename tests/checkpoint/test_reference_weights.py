@@ -149,9 +149,9 @@ def test_what_the_shapes_do_not_tell_must_be_given():
 
 
 def test_parts_that_the_reference_lacks_are_not_exported():
-    vae = VAE(replace(VAE_SIZES, gene_factors=2, kl_weight=0.1), N_GENES)
-    with pytest.raises(_errors.CheckpointError, match=r"latent_log_variance.*gene_factors"):
-        to_reference(vae.state_dict(), {})
+    vae = VAE(replace(VAE_SIZES, kl_weight=0.1), N_GENES)
+    with pytest.raises(_errors.CheckpointError, match=r"latent_log_variance.*novel_part"):
+        to_reference(vae.state_dict() | {"novel_part.weight": torch.zeros(1)}, {})
 
 
 def test_lower_precision_is_read_as_float32(tmp_path):

@@ -100,15 +100,16 @@ def save_folder(
     needed = sum(map(len, contents.values())) + MAX_MANIFEST_BYTES
     try:
         _recover(target)
-        _check_target(target, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(target.parent).free) < needed:
-            raise OSError(errno.ENOSPC, f"{free} bytes free")
-        _write_and_swap(target, contents)
-    except FileExistsError:
-        raise
+        conflict = _conflict(target, overwrite)
+        if conflict is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (free := shutil.disk_usage(target.parent).free) < needed:
+                raise OSError(errno.ENOSPC, f"{free} bytes free")
+            _write_and_swap(target, contents)
     except OSError as error:
         raise CheckpointError(_explain(error, target, needed)) from error
+    if conflict is not None:
+        raise FileExistsError(conflict)
     return target
 
 
@@ -123,13 +124,12 @@ def load_folder(path: str | Path) -> Saved:
         The folder or a file is missing, damaged, unexpected, or of a format that this version does not know.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and _previous(folder.resolve()).is_dir():
-        folder = _previous(folder.resolve())  # a save was killed between its two renames
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"there is no saved model at {folder}: {'not a folder' if folder.exists() else 'no such folder'}"
-        )
     try:
+        if not folder.exists() and _previous(folder.resolve()).is_dir():
+            folder = _previous(folder.resolve())  # a save was killed between its two renames
+        if not folder.is_dir():
+            why = "that is a file, not a folder" if folder.exists() else "no such folder"
+            raise CheckpointError(f"there is no saved model at {folder}: {why}")
         return _load(folder)
     except OSError as error:
         raise CheckpointError(f"the saved model at {folder} cannot be read: {error.strerror or error}") from error
@@ -223,19 +223,20 @@ def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _conflict(target: Path, overwrite: bool) -> str | None:
+    """Say why what is at the target may not be replaced; None if it may, or nothing is there."""
     if not target.exists():
-        return
+        return None
     if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a model is saved as a folder")
+        return f"{target} is a file; a model is saved as a folder"
     found = {p.name for p in target.iterdir()}
     if not found:
-        return
-    if MANIFEST not in found or (foreign := {n for n in found if n[0] != "."} - {*FILES, MANIFEST}):
-        what = f" ({', '.join(sorted(foreign))})" if MANIFEST in found else ""
-        raise FileExistsError(f"{target} holds files that are no part of a saved model{what}; choose another folder")
-    if not overwrite:
-        raise FileExistsError(f"there is a saved model at {target}; pass overwrite=True to replace it")
+        return None
+    foreign = {name for name in found if name[0] != "."} - {*FILES, MANIFEST}
+    if MANIFEST not in found or foreign:
+        what = ", ".join(sorted(foreign)[:5]) or "no manifest"
+        return f"{target} is not a folder of a saved model alone ({what}); choose another folder"
+    return None if overwrite else f"there is a saved model at {target}; pass overwrite=True to replace it"
 
 
 def _recover(target: Path) -> None:
@@ -243,7 +244,7 @@ def _recover(target: Path) -> None:
     previous = _previous(target)
     if previous.exists():
         if target.exists():
-            shutil.rmtree(previous)
+            shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(target)
 

@@ -33,7 +33,8 @@ _VAE = ("vae_model.", "vae_model_compiled.")
 _ONLINE = ("diffusion_model.nnet.", "diffusion_model_compiled.nnet.", "ema_model.online_model.nnet.")
 _EMA = ("ema_model.ema_model.nnet.",)
 _SCALARS = ("ema_model.initted", "ema_model.step")
-_EXTENSIONS = ("gene_factors.", "encoder.latent_log_variance.")
+_VAE_PARTS = ("input_layer.", "encoder.", "decoder.", "decoder_head.")
+_OURS_ALONE = ("encoder.latent_log_variance.",)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def to_reference(vae_state: Mapping[str, Tensor], dit_state: Mapping[str, Tensor
     CheckpointError
         The state has parts that the reference does not know.
     """
-    if extra := [key for key in vae_state if key.startswith(_EXTENSIONS)]:
+    if extra := [k for k in vae_state if not k.startswith(_VAE_PARTS) or k.startswith(_OURS_ALONE)]:
         raise CheckpointError(f"the reference has no counterpart of {', '.join(sorted(extra))}")
     named = {_VAE[0] + key: tensor for key, tensor in vae_state.items()}
     return named | {_ONLINE[0] + key: tensor for key, tensor in _rename_classes(dit_state, CLASS_NAMES).items()}
