@@ -112,7 +112,7 @@ def test_every_missing_unexpected_and_misshaped_tensor_is_named():
         "vae_model.encoder.ca_layer.inducing_points",
         "diffusion_model.nnet.class_embeddings.guide_target_ensembl.weight",
         "diffusion_model.nnet.pos_embed",
-        "diffusion_model.nnet.input_proj.weight",
+        "diffusion_model.nnet.blocks.0.mlp.w1.weight",
     ],
 )
 def test_a_tensor_that_gives_a_size_is_named_when_missing(key):
@@ -120,6 +120,14 @@ def test_a_tensor_that_gives_a_size_is_named_when_missing(key):
     del tensors[key]
     with pytest.raises(_errors.CheckpointError, match=key.replace(".", r"\.")):
         from_reference(tensors, **HEADS)
+
+
+def test_any_tensor_of_another_shape_is_refused():
+    whole = checkpoint()
+    shapes = [(), (0,), (3,), (2, 0), (400, 1), (1, 400), (2, 2, 2), (1, 3, 400)]
+    for i, key in enumerate(whole):
+        with pytest.raises(ValueError, match="shape|does not divide|width"):
+            from_reference(whole | {key: torch.zeros(shapes[i % len(shapes)])}, **HEADS)
 
 
 def test_foreign_names_and_files_without_autoencoder_are_refused():

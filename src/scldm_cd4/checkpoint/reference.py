@@ -145,14 +145,17 @@ def from_reference(
     """
     vae_state, dit_state, taken = split_reference(tensors, weights=weights)
     vae_config = _vae_config(vae_state, dict(vae or {}))
-    n_genes = _get(vae_state, "input_layer.gene_embedding.weight").shape[0] - 1
+    n_genes = _shape(vae_state, "input_layer.gene_embedding.weight")[0] - 1
     problems = _mismatches(_expected_vae(vae_config, n_genes), vae_state, "vae_model.")
     flow_config, vocabulary = None, None
     if dit_state:
-        tables = (_get(dit_state, f"class_embeddings.{role}.weight") for role in ROLES)
-        vocabulary = cast("tuple[int, int, int]", tuple(len(table) - 1 for table in tables))
+        tables = (_shape(dit_state, f"class_embeddings.{role}.weight") for role in ROLES)
+        vocabulary = cast("tuple[int, int, int]", tuple(rows - 1 for rows, _ in tables))
         flow_config = _flow_config(dit_state, dict(flow or {}))
-        expected = _expected_dit(flow_config, _get(dit_state, "pos_embed").shape[1], vae_config.n_channels, vocabulary)
+        _, n_tokens, width = _shape(dit_state, "pos_embed", 3)
+        if width != flow_config.width:
+            raise CheckpointError(f"diffusion_model.nnet.pos_embed has width {width}, the network {flow_config.width}")
+        expected = _expected_dit(flow_config, n_tokens, vae_config.n_channels, vocabulary)
         problems += _mismatches(expected, dit_state, "diffusion_model.nnet.")
     if problems:
         raise CheckpointError("the checkpoint does not fit the networks: " + "; ".join(problems))
@@ -190,14 +193,17 @@ def _rename_classes(state: Mapping[str, Tensor], names: Mapping[str, str]) -> St
     return out
 
 
-def _get(state: Mapping[str, Tensor], key: str) -> Tensor:
+def _shape(state: Mapping[str, Tensor], key: str, n_dims: int = 2) -> tuple[int, ...]:
     if key not in state:
         raise CheckpointError(f"the checkpoint has no tensor {_reference_name(key)}, so its sizes cannot be told")
-    return state[key]
+    shape = tuple(state[key].shape)
+    if len(shape) != n_dims or 0 in shape:
+        raise CheckpointError(f"{_reference_name(key)} has shape {shape}, which is no table of {n_dims} dimensions")
+    return shape
 
 
 def _reference_name(key: str) -> str:
-    part = _ONLINE[0] if key.startswith(("class_embeddings.", "input_proj.", "pos_embed")) else _VAE[0]
+    part = _ONLINE[0] if key.startswith(("class_embeddings.", "blocks.", "pos_embed")) else _VAE[0]
     return part + next(iter(_rename_classes({key: torch.empty(0)}, CLASS_NAMES)))
 
 
@@ -228,25 +234,21 @@ def _check_heads(
 
 
 def _vae_config(state: State, given: dict[str, Any]) -> VAEConfig:
-    table = _get(state, "input_layer.gene_embedding.weight")
-    params = _get(state, "decoder_head.params.weight")
-    w1 = _get(state, "encoder.ca_layer.mlp.w1.weight")
+    hidden, width = _shape(state, "encoder.ca_layer.mlp.w1.weight")
     cross = "encoder.encoder_latent_ca.inducing_points" in state
-    latent = _get(
-        state, "encoder.encoder_latent_ca.inducing_points" if cross else "encoder.encoder_latent_input.0.weight"
-    )
+    latent = _shape(state, f"encoder.encoder_latent_{'ca.inducing_points' if cross else 'input.0.weight'}")
     decoupled = any(f"decoder_head.{name}.weight" in state for name in ("theta_embed", "gene_bias"))
     found: dict[str, Any] = {
-        "width": table.shape[1],
-        "n_tokens": _get(state, "encoder.ca_layer.inducing_points").shape[0],
-        "n_channels": latent.shape[1] if cross else latent.shape[0],
+        "width": width,
+        "n_tokens": _shape(state, "encoder.ca_layer.inducing_points")[0],
+        "n_channels": latent[1] if cross else latent[0],
         "n_layers": _count(state, "encoder.encoder_layers."),
-        "multiple_of": _multiple_of(w1.shape[1], w1.shape[0]),
+        "multiple_of": _multiple_of(width, hidden),
         "bias": "encoder.ca_layer.attn.c_attn.bias" in state,
         "projection": "cross_attention" if cross else "mlp",
         "positional": "encoder.pos_embed" in state,
         "shared_embedding": "decoder.gene_embedding.weight" not in state,
-        "theta": "cell_gene" if params.shape[0] == 2 else "gene",
+        "theta": "cell_gene" if _shape(state, "decoder_head.params.weight")[0] == 2 else "gene",
         "gene_bias": "decoder_head.gene_bias.weight" in state,
     } | _aggregation(state, given)
     if decoupled:
@@ -258,8 +260,8 @@ def _vae_config(state: State, given: dict[str, Any]) -> VAEConfig:
 def _aggregation(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
     at = "input_layer.projection."
     if at + "bin_embeddings" in state:
-        hidden = _get(state, at + "mlp_count.0.weight").shape[0]
-        return {"aggregation": "softbin", "n_bins": state[at + "bin_embeddings"].shape[0], "bin_hidden": hidden}
+        n_bins, hidden = _shape(state, at + "mlp_count.2.weight")
+        return {"aggregation": "softbin", "n_bins": n_bins, "bin_hidden": hidden}
     by_key: dict[str, Aggregation] = {"count_embedding.weight": "proj", "mix.weight": "projconcat"}
     for key, aggregation in by_key.items():
         if at + key in state:
@@ -273,11 +275,11 @@ def _aggregation(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flow_config(state: State, given: dict[str, Any]) -> FlowConfig:
-    projection, w1 = _get(state, "input_proj.weight"), state.get("blocks.0.mlp.w1.weight")
+    hidden, width = _shape(state, "blocks.0.mlp.w1.weight")
     found = {
-        "width": projection.shape[0],
+        "width": width,
         "n_layers": _count(state, "blocks."),
-        "multiple_of": 4 if w1 is None else _multiple_of(w1.shape[1], w1.shape[0]),
+        "multiple_of": _multiple_of(width, hidden),
         "bias": "input_proj.bias" in state,
     }
     _check_heads(found, PRESETS["cd4"].flow, given, ("n_heads",), "flow")
