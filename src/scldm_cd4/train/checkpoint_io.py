@@ -47,6 +47,14 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a small file of plain values, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
 def read_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what `write_state` wrote.
 

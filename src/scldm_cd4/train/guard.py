@@ -48,7 +48,7 @@ class Guard(pl.Callback):
         self.rows: list[dict[str, float]] = []
         self.kept: dict[str, Any] | None = None
         self.best, self.wait = math.inf, 0
-        self.interrupted = self.stopped_early = False
+        self.interrupted = self.stopped_early = self.saved_inside = False
         self.saved = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,11 +66,11 @@ class Guard(pl.Callback):
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss became {float(loss)} at step {trainer.global_step}")
-        if self.interrupted:
-            trainer.should_stop = True
+        trainer.should_stop = trainer.should_stop or self.interrupted
+        ending = batch_idx + 1 == trainer.num_training_batches  # then the end of the epoch saves
+        if not ending and (self.interrupted or time.monotonic() - self.saved > SAVE_EVERY):
             self._save(trainer)
-        elif time.monotonic() - self.saved > SAVE_EVERY:
-            self._save(trainer)
+            self.saved_inside = self.interrupted
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch to the history and keep the weights if they are the ones to keep."""
@@ -87,7 +87,7 @@ class Guard(pl.Callback):
             raise TrainingError(f"the validation loss became {held_out} after epoch {epoch}")
         if validated or (epoch + 1) % self.every == 0:
             self._keep(trainer, plan, held_out)
-        if not self.interrupted and (
+        if not self.saved_inside and (
             time.monotonic() - self.saved > SAVE_EVERY or trainer.should_stop or epoch + 1 == trainer.max_epochs
         ):
             self._save(trainer)

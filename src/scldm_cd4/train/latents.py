@@ -17,12 +17,12 @@ BATCH_VALUES = 200_000
 
 
 def inference_batch_size(n_genes: int) -> int:
-    """Cells of a batch without gradients, fewer for wide panels."""
+    """Return the cells of a batch without gradients, fewer for wide panels."""
     return max(1, min(1024, BATCH_VALUES // n_genes))
 
 
 def encoder_input(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Counts and genes (B, W) of a batch, as the encoder takes them."""
+    """Return counts and genes (B, W) of a batch, as the encoder takes them."""
     if "genes" in batch:
         return batch["counts"], batch["genes"]
     target = batch["target"]

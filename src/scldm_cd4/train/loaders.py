@@ -100,7 +100,7 @@ class LatentBatches(Dataset[Batch]):
         return {"latent": self.latents[index], "labels": self.labels[index]}
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -125,7 +125,7 @@ class ResumableLoader(DataLoader[Batch]):
 def make_loader(
     data: Dataset[Batch], batch_size: int, seed: int | None, *, num_workers: int = 0, pin_memory: bool = False
 ) -> ResumableLoader:
-    """A loader of shuffled batches; without seed in order (validation), then the same in every process."""
+    """Make a loader of shuffled batches; without seed in order (validation) and the same in every process."""
     distributed = seed is not None
     rank, world = (int(os.environ.get(name, d)) if distributed else d for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     n = len(data)  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ class StagePlan(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def snapshot(self) -> dict[str, Any]:
-        """Copies of all that a return to this moment needs."""
+        """Return copies of all that a return to this moment needs."""
         return {"network": {k: v.detach().to("cpu", copy=True) for k, v in self.network.state_dict().items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -132,8 +132,8 @@ def n_cells(batch: Batch) -> int:
 class VAEPlan(StagePlan):
     """Training of the autoencoder: negative log-likelihood of the counts, summed over genes.
 
-    With `StageConfig.genes_per_step`, each step decodes that many random genes of the panel; softmax and library are those
-    of the subset. Losses are reported per cell for the whole panel (times genes / subset).
+    With `StageConfig.genes_per_step`, each step decodes that many random genes of the panel; softmax and library are
+    those of the subset. Losses are reported per cell for the whole panel (times genes / subset).
 
     Parameters
     ----------

@@ -54,12 +54,12 @@ class LatentUse:
         return min(self.mean_profile, self.swapped) - self.nll < MIN_GAIN * abs(self.nll)
 
     def warning(self) -> str:
-        """What is wrong and what to do."""
+        """Say what is wrong and what to do."""
         return (
-            f"The decoder makes little use of the latent: the loss per cell is {self.nll:.1f}, with the latents of other "
-            f"cells {self.swapped:.1f}, with the mean profile alone {self.mean_profile:.1f} (a gain below 1 %). Generated "
-            "cells would resemble the average cell. Use fewer genes (600 to 1,500 highly variable ones) or train longer "
-            "(max_epochs={'vae': ...})."
+            f"The decoder makes little use of the latent: the loss per cell is {self.nll:.1f}, with the latents of "
+            f"other cells {self.swapped:.1f}, with the mean profile alone {self.mean_profile:.1f} (a gain below 1 %). "
+            "Generated cells would resemble the average cell. Use fewer genes (600 to 1,500 highly variable ones) or "
+            "train longer (max_epochs={'vae': ...})."
         )
 
 

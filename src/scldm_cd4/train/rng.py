@@ -9,12 +9,12 @@ import torch
 
 
 def key_seed(seed: int, *keys: int) -> int:
-    """A 63-bit seed from a seed and non-negative keys, such as epoch and batch."""
+    """Return a 63-bit seed from a seed and non-negative keys, such as epoch and batch."""
     return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def keyed_generator(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator that depends on the seed and the keys alone, so that no state has to be stored for a resume."""
+    """Return a fresh generator that depends on seed and keys alone: a resume then needs no stored state."""
     return torch.Generator(device=device).manual_seed(key_seed(seed, *keys))
 
 

@@ -1,5 +1,6 @@
 """Training of both stages, one after the other."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +18,7 @@ from scldm_cd4.config import ModelConfig, StageConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
-from scldm_cd4.train.checkpoint_io import read_state, write_state
+from scldm_cd4.train.checkpoint_io import read_state, write_json, write_state
 from scldm_cd4.train.initialise import initialise_from_data
 from scldm_cd4.train.latents import encode_rows, inference_batch_size
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
@@ -29,6 +30,7 @@ from scldm_cd4.train.theta import refit_theta
 
 Stage = Literal["both", "vae", "flow"]
 STAGES = ("vae", "flow")
+RECORD = "training.json"
 MAX_VALIDATION = 1_000
 """Cells that a validation looks at."""
 MAX_LATENT_BYTES = 4 * 2**30
@@ -39,6 +41,7 @@ MAX_LATENT_BYTES = 4 * 2**30
 class TrainResult:
     """What came of a training; dicts have the keys ``vae`` and ``flow``."""
 
+    seed: int = 0
     history: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Losses by epoch."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,7 +68,7 @@ def fit(
     split: Split,
     config: ModelConfig,
     *,
-    seed: int,
+    seed: int | None = None,
     stage: Stage = "both",
     max_epochs: int | Mapping[str, int] | None = None,
     batch_size: int | Mapping[str, int] | None = None,
@@ -93,7 +96,7 @@ def fit(
     config
         How each stage is trained.
     seed
-        Of everything drawn.
+        Of everything drawn. None takes the one of the training resumed, else draws one; the result tells which.
     stage
         Which stages to train; ``flow`` takes the autoencoder as it is.
     max_epochs, batch_size
@@ -132,8 +135,9 @@ def fit(
         "config": _stage_configs(config, plan_kwargs),
     }
     hardware = Hardware(accelerator, devices, precision, num_workers, progress, trainer_kwargs)
-    folders = [None if p is None else Path(p) for p in (resume_from, checkpoint_dir)]
-    job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, *folders)
+    resume, folder = (None if path is None else Path(path) for path in (resume_from, checkpoint_dir))
+    seed = _resolve_seed(seed, resume)
+    job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, resume, folder)
     if stage in ("both", "vae"):
         job.train_vae()
     if stage in ("both", "flow") and not job.result.interrupted:
@@ -161,6 +165,9 @@ class _Job:
             if not any((self.resume_from / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow")):
                 raise CheckpointError(f"there is no training state in {self.resume_from}")
             self.folder = self.folder or self.resume_from
+        self.result.seed = self.seed
+        if self.folder is not None:
+            write_json(self.folder / RECORD, {"seed": self.seed})
         generator = np.random.default_rng(key_seed(self.seed, 10))
         held_out = self.split.validation
         if len(held_out) > MAX_VALIDATION:
@@ -228,7 +235,7 @@ class _Job:
         path = None if self.folder is None else self.folder / f"latents_{name}.bin"
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        return encode_rows(self.vae, self.cells, rows, max_bytes=path and MAX_LATENT_BYTES, path=path)
+        return encode_rows(self.vae, self.cells, rows, max_bytes=None if path is None else MAX_LATENT_BYTES, path=path)
 
     def _stage(self, name: str, plan: Any, train: Any, held_out: Any, **options: Any) -> StageResult:
         resume = None if self.resume_from is None else self.resume_from / f"{name}.safetensors"
@@ -265,6 +272,30 @@ class _Job:
         self.result.theta_refitted, self.result.trained["vae"] = state["theta_refitted"], True
         self.result.notes.append("vae: taken from the training that was resumed")
         return True
+
+
+def recorded_seed(folder: str | Path) -> int:
+    """Return the seed of a training that wrote its state to `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such record.
+    """
+    path = Path(folder) / RECORD
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no record of a training: {error}") from error
+
+
+def _resolve_seed(seed: int | None, resume: Path | None) -> int:
+    if resume is None:
+        return int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
+    recorded = recorded_seed(resume)
+    if seed is not None and seed != recorded:
+        raise DataError(f"the training in {resume} has seed {recorded}, not {seed}: leave seed out to resume it")
+    return recorded
 
 
 def _by_stage(value: Any, name: str) -> dict[str, Any]:

@@ -16,9 +16,10 @@ def wsd_schedule(
 ) -> float:
     """Factor on the learning rate: warm-up, stable, decay, in the form of the released recipe.
 
-    A linear rise from ``1 / init_divisor`` over `n_warmup` steps, 1 until the last ``decay_fraction * n_steps`` steps, then a
-    fall to `final_factor`, which stays. With ``kind="cosine"`` the fall is timed from the end of the warm-up, so that with a
-    `decay_fraction` below 1 it begins with a jump, as in the released code; with 1 it is warm-up plus cosine.
+    A linear rise from ``1 / init_divisor`` over `n_warmup` steps, 1 until the last ``decay_fraction * n_steps`` steps,
+    then a fall to `final_factor`, which stays. With ``kind="cosine"`` the fall is timed from the end of the warm-up, so
+    that with a `decay_fraction` below 1 it begins with a jump, as in the released code; with 1 it is warm-up plus
+    cosine.
 
     Parameters
     ----------

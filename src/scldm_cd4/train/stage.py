@@ -26,8 +26,8 @@ from scldm_cd4.train.rng import isolated_rng
 N_VALIDATIONS = 25
 """About so many validations are made in a run."""
 REMEDY = (
-    "Training stopped and the model holds the last good weights. Try a lower learning rate (plan_kwargs={'lr': ...}), a "
-    "larger batch, or fp32 (precision='32'), and check that the counts are raw and have no extreme values."
+    "Training stopped and the model holds the last good weights. Try a lower learning rate (plan_kwargs={'lr': ...}), "
+    "a larger batch, or fp32 (precision='32'), and check that the counts are raw and have no extreme values."
 )
 
 
@@ -117,7 +117,7 @@ def train_stage(
     """
     hardware = hardware or Hardware()
     n = len(train)  # type: ignore[arg-type]
-    batch = min(batch_size or config.batch_size, n)
+    batch = min(config.batch_size if batch_size is None else batch_size, n)
     if batch < 1:
         raise DataError(f"a stage needs at least one cell and a batch_size of at least 1, got {n} and {batch_size}")
     start = {k: v.detach().to("cpu", copy=True) for k, v in plan.network.state_dict().items()}
@@ -177,7 +177,10 @@ class _Run:
         patience = max(5, math.ceil(0.2 * epochs / every)) if self.early else None
         guard = Guard(every=every, patience=patience, constants=constants, checkpoint=checkpoint)
         hardware, bar = resolve_hardware(self.hardware), ProgressBar(name, epochs * self.n)
-        options = {"num_workers": hardware.num_workers, "pin_memory": hardware.accelerator in ("gpu", "cuda")}
+        options: dict[str, Any] = {
+            "num_workers": hardware.num_workers,
+            "pin_memory": hardware.accelerator in ("gpu", "cuda"),
+        }
         loader = make_loader(train, self.batch, self.seed, **options)
         held_out = None if validation is None else make_loader(validation, validation_batch, None)
         plan.begin()

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scldm_cd4.train.loaders import CountBatches, EpochSampler, LatentBatches, make_loader
+
+
+@given(n=st.integers(1, 60), size=st.integers(1, 70), epoch=st.integers(0, 5), seed=st.integers(0, 9))
+def test_an_epoch_has_every_cell_once_in_batches_of_nearly_equal_size(n, size, epoch, seed):
+    sampler = EpochSampler(n, size, seed)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert sorted(np.concatenate(batches)) == list(range(n))
+    sizes = [len(b) for b in batches]
+    assert len(batches) == len(sampler)
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = EpochSampler(40, 7, seed)
+        sampler.set_epoch(epoch)
+        return np.concatenate(list(sampler)).tolist()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(s, e)) for s in (1, 2) for e in (0, 1)}) == 4
+    assert order(None, 3) == list(range(40))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_same_cells(world):
+    samplers = [EpochSampler(41, 8, 0, rank=rank, world=world) for rank in range(world)]
+    assert len({len(s) for s in samplers}) == 1
+    assert {i for s in samplers for batch in s for i in batch} == set(range(41))
+
+
+def test_a_loader_goes_on_in_the_middle():
+    data = LatentBatches(torch.arange(40.0).view(20, 1, 2), torch.zeros(20, 3, dtype=torch.int64))
+    whole = [b["latent"] for b in make_loader(data, 6, seed=3)]
+    loader = make_loader(data, 6, seed=3)
+    loader.load_state_dict({"epoch": 0, "done": 2})
+    rest = [b["latent"] for b in loader]
+    assert len(rest) == len(whole) - 2
+    assert all(map(torch.equal, rest, whole[2:]))
+    assert len(list(loader)) == len(whole)
+
+
+def test_worker_processes_started_by_spawn_give_the_same_batches(cells_of):
+    data = CountBatches(cells_of(12), np.arange(2, 12), expressed=True)
+    own, spawned = ([dict(b) for b in make_loader(data, 5, 0, num_workers=w)] for w in (0, 1))
+    assert len(own) == len(spawned) == 2
+    for a, b in zip(own, spawned, strict=True):
+        assert a.keys() == b.keys() == {"target", "genes", "counts"}
+        assert all(torch.equal(a[k], b[k]) for k in a)
