@@ -9,7 +9,9 @@ from scldm_cd4.train.plans import ema_start
 from scldm_cd4.train.schedules import wsd_schedule
 
 
-@pytest.mark.parametrize(("name", "kind", "fraction"), [("cosine", "cosine", 1.0), ("cosine", "cosine", 0.1), ("sqrt", "sqrt", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "kind", "fraction"), [("cosine", "cosine", 1.0), ("cosine", "cosine", 0.1), ("sqrt", "sqrt", 0.1)]
+)
 def test_schedule_equals_the_reference(shared_dir, name, kind, fraction):
     with safe_open(shared_dir / "parity/tiny_extras.safetensors", "pt") as handle:
         golden = handle.get_tensor(f"schedule_{name}_f{fraction}")

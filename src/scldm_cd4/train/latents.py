@@ -34,7 +34,7 @@ def _chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(start, min(n, start + size))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_rows(
     vae: VAE,
     cells: CellData,
@@ -79,10 +79,10 @@ def encode_rows(
         batch = {name: value.to(device) for name, value in data[index].items()}
         out[index[0] : index[-1] + 1] = vae.encode(*encoder_input(vae, batch)).float().cpu()
     vae.train(training)
-    return out.clone() if out.is_inference() else out
+    return out
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_means(vae: VAE, latents: Tensor, library: Tensor) -> Tensor:
     """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), in batches."""
     device = next(vae.parameters()).device

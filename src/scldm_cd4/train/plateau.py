@@ -63,7 +63,7 @@ class LatentUse:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def latent_use(vae: VAE, cells: CellData, rows: NDArray[np.int64], mean_profile: float) -> LatentUse:
     """Compare the likelihood of cells from their own latents with that from the latents of other cells."""
     z = encode_rows(vae, cells, rows)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from scldm_cd4._errors import DataError, TrainingError
 from scldm_cd4.config import StageConfig
-from scldm_cd4.train.checkpoint_io import SafetensorsIO
+from scldm_cd4.train.checkpoint_io import SafetensorsIO, read_state
 from scldm_cd4.train.guard import Guard
 from scldm_cd4.train.loaders import Batch, make_loader
 from scldm_cd4.train.plans import StagePlan
@@ -182,6 +182,9 @@ class _Run:
             "pin_memory": hardware.accelerator in ("gpu", "cuda"),
         }
         loader = make_loader(train, self.batch, self.seed, **options)
+        if resume_from is not None:  # Lightning's own attempt comes too late, after the length of the run was asked for
+            (position,) = read_state(resume_from)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+            loader.load_state_dict(position)
         held_out = None if validation is None else make_loader(validation, validation_batch, None)
         plan.begin()
         plan.network.train()
