@@ -58,8 +58,8 @@ class VAEConfig:
     """The genes that the encoder sees: all of the panel, or those with a count."""
     kl_weight: float = 0.0
     """0 is the released deterministic autoencoder; above 0 the latent gets a Gaussian posterior."""
-    gene_factors: int = 0
-    """Rank of a linear path from latent to gene logits beside the decoder (0: none, as released)."""
+    linear_rank: int = 0
+    """Rank of a linear path beside encoder and decoder (0: none, as released)."""
 
     @property
     def latent_tokens(self) -> int:
@@ -208,7 +208,7 @@ _SMALL_VAE = VAEConfig(
     log_counts=True,
     mask_padding=True,
     encode="expressed",
-    gene_factors=32,
+    linear_rank=32,
 )
 _SMALL_FLOW = FlowConfig(width=128, n_layers=4, n_heads=4, norm_eps=1e-6, label_std=0.5)
 _SMALL_TRAIN_VAE = StageConfig(

@@ -78,6 +78,19 @@ def test_norms_divide_by_the_released_epsilon(networks):
         )
 
 
+def test_padding_changes_nothing_and_a_cell_without_genes_is_finite():
+    vae = VAE(PRESETS["tiny"].vae, 9).eval()
+    genes = torch.tensor([[2, 5, 7], [4, 0, 0], [0, 0, 0]])
+    counts = torch.tensor([[3.0, 1.0, 8.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    with torch.no_grad():
+        z = vae.encode(counts, genes)
+        wider = vae.encode(nn.functional.pad(counts, (0, 4)), nn.functional.pad(genes, (0, 4)))
+        alone = vae.encode(counts[1:2, :1], genes[1:2, :1])
+    assert torch.isfinite(z).all()
+    torch.testing.assert_close(wider, z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone, z[1:2], rtol=1e-5, atol=1e-5)
+
+
 def test_nb_likelihood_has_the_released_epsilon_where_it_matters():
     x, mu, theta = (torch.tensor([v], dtype=torch.float64) for v in (3.0, 0.0, 2.0))
     e = 1e-8

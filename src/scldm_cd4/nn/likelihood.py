@@ -8,13 +8,16 @@ from torch import Tensor
 
 EPS = 1e-8
 
+LARGE_THETA = 50.0
+"""Above this inverse dispersion, differences of lnG are taken by Stirling's series."""
+
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """Negative binomial log-likelihood, element by element, in nats.
 
     log NB(x; mu, theta) = theta (ln(theta + e) - ln(theta + mu + e)) + x (ln(mu + e) - ln(theta + mu + e))
     + lnG(x + theta) - lnG(theta) - lnG(x + 1), variance mu + mu^2 / theta, e = 1e-8 (Lopez et al. 2018,
-    10.1038/s41592-018-0229-2).
+    10.1038/s41592-018-0229-2), written so that it does not cancel at large theta.
 
     Parameters
     ----------
@@ -25,12 +28,24 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """
     log_total = torch.log(theta + mu + EPS)
     return (
-        theta * (torch.log(theta + EPS) - log_total)
+        -theta * torch.log1p(mu / (theta + EPS))
         + x * (torch.log(mu + EPS) - log_total)
-        + torch.lgamma(x + theta)
-        - torch.lgamma(theta)
+        + _log_rising(theta, x)
         - torch.lgamma(x + 1)
     )
+
+
+def _log_rising(theta: Tensor, x: Tensor) -> Tensor:
+    """Return lnG(x + theta) - lnG(theta) without the cancellation that single precision suffers at large theta.
+
+    There Stirling's series gives (theta - 1/2) ln(1 + x / theta) + x ln(theta + x) - x + 1 / (12 (theta + x)) - 1 / (12 theta).
+    Left as a difference of two large numbers, its rounding would reward dispersions that grow without bound.
+    """
+    small = theta.clamp(max=LARGE_THETA)
+    direct = torch.lgamma(x + small) - torch.lgamma(small)
+    total = theta + x
+    series = (theta - 0.5) * torch.log1p(x / theta) + x * (torch.log(total) - 1) + (1 / total - 1 / theta) / 12
+    return torch.where(theta > LARGE_THETA, series, direct)
 
 
 def poisson_log_prob(x: Tensor, mu: Tensor) -> Tensor:

@@ -95,11 +95,14 @@ class Encoder(nn.Module):
             x = block(x)
         return x
 
-    def project(self, x: Tensor) -> Tensor:
-        """(B, S, E) -> latent (B, S, L)."""
+    def project(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, S, E) -> latent (B, S, L); `shift` (B, S, L) is added before the norm."""
         if self.cross_projection:
-            return self.encoder_latent_ca(self.encoder_latent_ca.keys_values(x))
-        return self.encoder_latent_input(x)
+            latent = self.encoder_latent_ca(self.encoder_latent_ca.keys_values(x))
+            return latent if shift is None else latent + shift
+        linear, norm = self.encoder_latent_input
+        latent = linear(x)
+        return norm(latent if shift is None else latent + shift)
 
 
 class Decoder(nn.Module):
@@ -133,22 +136,38 @@ class Decoder(nn.Module):
         return cross(cross.keys_values(x), gene_vectors)
 
 
-class GeneFactors(nn.Module):
-    """A linear path from the latent to the gene logits, beside the decoder: loading_g . (A z)."""
+class LinearPath(nn.Module):
+    """A linear path from counts to latent and from latent to gene logits, beside the transformer.
+
+    With w_g = ln(1 + 1e4 count_g / library), it adds A (sum_g w_g u_g - m) to the latent before its norm, and
+    v_g . (B z + b) to the logit of gene g. Started from the principal components of the training cells (see
+    `train.initialise`), it gives the decoder a reason to read the latent from the first step on.
+    """
 
     def __init__(self, config: VAEConfig, n_genes: int) -> None:
         super().__init__()
-        n_latent = config.latent_tokens * config.n_channels
-        self.factors = nn.Linear(n_latent, config.gene_factors, bias=False)
-        self.loadings = nn.Embedding(n_genes + 1, config.gene_factors)
-        nn.init.normal_(self.loadings.weight, std=0.02)
+        rank, n_latent = config.linear_rank, config.latent_tokens * config.n_channels
+        self.shape = (config.latent_tokens, config.n_channels)
+        self.scores = nn.EmbeddingBag(n_genes + 1, rank, mode="sum")
+        self.centre = nn.Parameter(torch.zeros(rank))
+        self.to_latent = nn.Linear(rank, n_latent, bias=False)
+        self.from_latent = nn.Linear(n_latent, rank)
+        self.loadings = nn.Embedding(n_genes + 1, rank)
+        for table in (self.scores, self.loadings):
+            nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, z: Tensor, genes: Tensor) -> Tensor:
+    def encode(self, counts: Tensor, genes: Tensor) -> Tensor:
+        """Counts and genes (B, W) -> what is added to the latent (B, S, L)."""
+        weights = torch.log1p(1e4 * counts / counts.sum(1, keepdim=True).clamp(min=1.0))
+        scores = self.scores(genes, per_sample_weights=weights) - self.centre  # (B, R)
+        return self.to_latent(scores).view(-1, *self.shape)
+
+    def logits(self, z: Tensor, genes: Tensor) -> Tensor:
         """Latent (B, S, L) and genes (1 or B, W) -> logits (B, W)."""
-        factors = self.factors(z.flatten(1))  # (B, R)
-        return (self.loadings(genes) @ factors[..., None])[..., 0] if len(genes) > 1 else (
-            factors @ self.loadings(genes[0]).T
-        )
+        factors = self.from_latent(z.flatten(1))  # (B, R)
+        if len(genes) == 1:
+            return factors @ self.loadings(genes[0]).T
+        return (self.loadings(genes) @ factors[..., None])[..., 0]
 
 
 class CountHead(nn.Module):
@@ -205,12 +224,14 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, n_genes)
         self.decoder_head = CountHead(config, n_genes)
-        if config.gene_factors:
-            self.gene_factors = GeneFactors(config, n_genes)
+        if config.linear_rank:
+            self.linear_path = LinearPath(config, n_genes)
 
     def encoder_tokens(self, counts: Tensor, genes: Tensor) -> Tensor:
         """Counts (B, W) of genes (B, W) -> tokens before the latent projection (B, S, E)."""
-        mask = (genes != 0)[:, None, None, :] if self.config.mask_padding else None
+        mask = None
+        if self.config.mask_padding:  # a cell of padding alone attends to it: attention over nothing is not a number
+            mask = ((genes != 0) | (genes == 0).all(1, keepdim=True))[:, None, None, :]
         cross = self.encoder.ca_layer
         if counts.device.type == "cpu":
             # a token, its key and its value depend on (gene, count) alone: each different pair is computed once
@@ -225,12 +246,16 @@ class VAE(nn.Module):
 
     def encode(self, counts: Tensor, genes: Tensor) -> Tensor:
         """Whole-number counts (B, W) of genes (B, W) -> latent (B, S, L), the posterior mean where there is one."""
-        return self.encoder.project(self.encoder_tokens(counts, genes))
+        return self._latent(self.encoder_tokens(counts, genes), counts, genes)
 
     def posterior(self, counts: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent, (B, S, L) each; only with ``kl_weight > 0``."""
         x = self.encoder_tokens(counts, genes)
-        return self.encoder.project(x), self.encoder.latent_log_variance(x).clamp(-12.0, 4.0)
+        return self._latent(x, counts, genes), self.encoder.latent_log_variance(x).clamp(-12.0, 4.0)
+
+    def _latent(self, x: Tensor, counts: Tensor, genes: Tensor) -> Tensor:
+        shift = self.linear_path.encode(counts, genes) if self.config.linear_rank else None
+        return self.encoder.project(x, shift)
 
     def decode(self, z: Tensor, genes: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and dispersion of the counts.
@@ -251,15 +276,14 @@ class VAE(nn.Module):
         genes = genes[None] if genes.ndim == 1 else genes
         table = self.input_layer.gene_embedding if self.config.shared_embedding else self.decoder.gene_embedding
         h = self.decoder(z, table(genes))
-        return self.decoder_head(h, genes, library, self.factor_logits(z, genes))
+        return self.decoder_head(h, genes, library, self._linear_logits(z, genes))
 
-    def factor_logits(self, z: Tensor, genes: Tensor) -> Tensor | None:
-        """Logits of the linear path for a latent (B, S, L), or None without it."""
-        if not self.config.gene_factors:
+    def _linear_logits(self, z: Tensor, genes: Tensor) -> Tensor | None:
+        if not self.config.linear_rank:
             return None
         if self.config.projection == "mlp":
-            z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)
-        return self.gene_factors(z, genes)
+            z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)  # as the decoder does
+        return self.linear_path.logits(z, genes)
 
     def log_prob(self, counts: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         """Log-likelihood of counts (B, W), element by element, in nats."""
