@@ -113,6 +113,16 @@ def test_a_resumed_training_equals_an_unbroken_one(job, tmp_path, steps, plan):
         np.testing.assert_array_equal(whole.history[stage], resumed.history[stage])
 
 
+def test_a_finished_training_is_not_repeated(job, tmp_path):
+    vae, whole = train(job, checkpoint_dir=tmp_path)
+    again_vae, again = train(job, resume_from=tmp_path)
+    assert same_weights(vae, again_vae)
+    assert same_weights(whole.dit, again.dit)
+    assert again.n_steps["flow"] == whole.n_steps["flow"]
+    with pytest.raises(DataError, match="another training"):
+        train(job, checkpoint_dir=tmp_path)
+
+
 def test_a_resume_needs_state_and_the_same_seed(job, tmp_path):
     with pytest.raises(CheckpointError, match="no record"):
         train(job, resume_from=tmp_path)

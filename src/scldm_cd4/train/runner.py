@@ -1,6 +1,7 @@
 """Training of both stages, one after the other."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -106,7 +107,7 @@ def fit(
     resume_from
         Folder given as `checkpoint_dir` before; goes on where that training stopped.
     checkpoint_dir
-        Folder for training state; None writes nothing.
+        Folder for training state, about once a minute and at the end of a stage; None writes nothing.
     num_workers
         Processes that prepare batches of counts.
     progress
@@ -117,7 +118,8 @@ def fit(
     Raises
     ------
     DataError
-        A stage or a setting is unknown, or there are no labels for the flow.
+        A stage or a setting is unknown, `checkpoint_dir` holds the state of another training, or there are no labels
+        for the flow.
     TrainingError
         A loss became infinite or not a number; the network holds the last good weights.
     CheckpointError
@@ -162,11 +164,16 @@ class _Job:
 
     def __post_init__(self) -> None:
         if self.resume_from is not None:
-            if not any((self.resume_from / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow")):
+            if not _has_state(self.resume_from):
                 raise CheckpointError(f"there is no training state in {self.resume_from}")
             self.folder = self.folder or self.resume_from
+        if self.folder is not None and self.folder != self.resume_from and _has_state(self.folder):
+            raise DataError(
+                f"{self.folder} holds the state of another training: resume_from= goes on, or choose another"
+            )
         self.result.seed = self.seed
-        if self.folder is not None:
+        self.writes = self.folder is not None and os.environ.get("RANK", "0") == "0"
+        if self.folder is not None and self.writes:
             write_json(self.folder / RECORD, {"seed": self.seed})
         generator = np.random.default_rng(key_seed(self.seed, 10))
         held_out = self.split.validation
@@ -205,7 +212,7 @@ class _Job:
         if use.ignored:
             self.result.notes.append(use.warning())
             warnings.warn(use.warning(), UserWarning, stacklevel=4)
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             state = {"network": vae.state_dict(), "rows": self.result.history["vae"].reset_index().to_dict("records")}
             write_state(state | {"theta_refitted": self.result.theta_refitted}, self.folder / "vae_done.safetensors")
 
@@ -224,6 +231,9 @@ class _Job:
         )
         plan = FlowPlan(dit, config, key_seed(self.seed, 21))
         self._stage("flow", plan, train, held_out, hardware=replace(self.hardware, num_workers=0))
+        for name in ("train", "held_out"):
+            if self.folder is not None and self.writes:
+                (self.folder / f"latents_{name}.bin").unlink(missing_ok=True)
         self.result.online = {k: v.detach().to("cpu", copy=True) for k, v in dit.state_dict().items()}
         if plan.ema is not None:
             plan.ema.to(next(dit.parameters()).device).copy_to(dit)
@@ -272,6 +282,10 @@ class _Job:
         self.result.theta_refitted, self.result.trained["vae"] = state["theta_refitted"], True
         self.result.notes.append("vae: taken from the training that was resumed")
         return True
+
+
+def _has_state(folder: Path) -> bool:
+    return any((folder / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow"))
 
 
 def recorded_seed(folder: str | Path) -> int:
