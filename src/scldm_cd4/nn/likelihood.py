@@ -104,9 +104,7 @@ def nb_quantile(u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[
     return out.reshape(mu.shape)
 
 
-def _scipy_quantile(
-    u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _scipy_quantile(u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[np.float64]) -> NDArray[np.float64]:
     poisson = np.isinf(theta)
     out = np.empty_like(mu)
     out[poisson] = stats.poisson.ppf(u[poisson], mu[poisson])

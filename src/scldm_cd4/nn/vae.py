@@ -113,9 +113,7 @@ class Decoder(nn.Module):
         c, shape = config, (config.multiple_of, config.bias, config.dropout, config.norm_eps)
         self.cross_projection = c.projection == "cross_attention"
         if self.cross_projection:
-            self.decoder_latent_ca = CrossBlock(
-                c.n_channels, c.width, c.n_cross_heads, *shape, n_queries=c.n_tokens
-            )
+            self.decoder_latent_ca = CrossBlock(c.n_channels, c.width, c.n_cross_heads, *shape, n_queries=c.n_tokens)
         else:
             norm = nn.LayerNorm(c.n_channels, eps=c.norm_eps, elementwise_affine=False)
             self.decoder_latent_input = nn.Sequential(norm, nn.Linear(c.n_channels, c.width, bias=c.bias))
