@@ -1,0 +1,119 @@
+"""Arguments, errors and exit status of ``scldm-cd4``; the work is imported when a command runs."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from scldm_cd4 import __version__
+from scldm_cd4._errors import DataError, ScldmError
+from scldm_cd4.config import PRESETS
+
+FAILED, INTERRUPTED = 2, 130
+KEYS = ("perturbation_key", "donor_key", "timepoint_key", "control", "toward")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv
+        Arguments; None for those of the process.
+
+    Returns
+    -------
+    Exit status: 0, or 2 after an error that a sentence on stderr explains, or 130 after an interrupt.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            sys.stdout.write(_demo(options))
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except (ScldmError, OSError) as error:
+        return _fail(str(error), FAILED)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> str:
+    given = [name for name in KEYS if getattr(options, name) is not None]
+    if options.data is None and given:
+        raise DataError(f"--{given[0].replace('_', '-')} describes cells of your own: give them with --data FILE")
+    if options.data is not None and (options.perturbation_key is None or options.control is None):
+        raise DataError(
+            "--data needs --perturbation-key (the obs column of the perturbations) and --control (its label of "
+            "unperturbed cells)"
+        )
+    from scldm_cd4.cli._demo import run_demo
+
+    return run_demo(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scldm-cd4", description="Generate and rank CD4+ T cell perturbation responses."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="the whole main job on simulated cells or on yours",
+        description="Set up, train, embed, generate, rank, save and reload; score generated beside held-out real "
+        "cells. Without --data the cells are SIMULATED, and all files and figures say so.",
+        epilog="example: scldm-cd4 demo --data cells.h5ad --perturbation-key target --donor-key donor --control NTC",
+    )
+    own = demo.add_argument_group("cells of your own")
+    own.add_argument("--data", type=Path, metavar="FILE", help="h5ad with raw counts in X")
+    own.add_argument("--perturbation-key", metavar="COLUMN", help="obs column of the perturbations")
+    own.add_argument("--donor-key", metavar="COLUMN", help="obs column of the donors")
+    own.add_argument("--timepoint-key", metavar="COLUMN", help="obs column of the time points")
+    own.add_argument("--control", metavar="LABEL", help="the perturbation label of unperturbed cells")
+    own.add_argument(
+        "--toward",
+        metavar="LABEL",
+        help="rank toward the effect of this perturbation (default: the one that shifts most)",
+    )
+    simulated = demo.add_argument_group("simulated cells")
+    simulated.add_argument("--n-cells", type=_positive, default=8000, metavar="N", help="default %(default)s")
+    simulated.add_argument("--n-genes", type=_positive, default=500, metavar="N", help="default %(default)s")
+    simulated.add_argument("--n-perturbations", type=_positive, default=20, metavar="N", help="default %(default)s")
+    demo.add_argument(
+        "--out", type=Path, default=Path("scldm_cd4_demo"), metavar="DIR", help="folder to write (default %(default)s)"
+    )
+    demo.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
+    demo.add_argument("--preset", choices=sorted(PRESETS), default="small", help="size of the model (default small)")
+    demo.add_argument("--max-epochs", type=_positive, metavar="N", help="of each stage, in place of the preset's")
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of everything drawn (default 0)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := _natural(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"scldm-cd4: {message}\n")
+    return status
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    sys.stderr.write(f"scldm-cd4: warning: {message}\n")
