@@ -6,8 +6,18 @@ behind it. Time runs from noise (t = 0) to data (t = 1). Labels are in the order
 
 from scldm_cd4.flow.coupling import pair
 from scldm_cd4.flow.dropout import drop_labels
-from scldm_cd4.flow.guidance import guided
+from scldm_cd4.flow.guidance import conditioned_on, guided
 from scldm_cd4.flow.path import Velocity, flow_loss, interpolate
 from scldm_cd4.flow.solvers import SOLVERS, solve
 
-__all__ = ["SOLVERS", "Velocity", "drop_labels", "flow_loss", "guided", "interpolate", "pair", "solve"]
+__all__ = [
+    "SOLVERS",
+    "Velocity",
+    "conditioned_on",
+    "drop_labels",
+    "flow_loss",
+    "guided",
+    "interpolate",
+    "pair",
+    "solve",
+]

@@ -74,6 +74,17 @@ def guided(
     return field
 
 
+def conditioned_on(strategy: Dropout, guidance: Guidance) -> frozenset[str]:
+    """Return the attributes on which the guided velocity depends; none for unconditional generation.
+
+    Raises
+    ------
+    ValueError
+        As for `guided`.
+    """
+    return frozenset[str]().union(*_terms(strategy, _weights(strategy, guidance)))
+
+
 def _weights(strategy: str, guidance: Guidance) -> dict[str, float]:
     if strategy not in PARTS:
         raise ValueError(f"unknown guidance strategy {strategy!r}; known: {sorted(PARTS)}")

@@ -1,0 +1,245 @@
+"""What every use of a model stands on: state, device, saving, loading, looking at it."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scldm_cd4 import __version__
+from scldm_cd4._errors import CheckpointError, DataError, NotTrainedError
+from scldm_cd4._settings import settings
+from scldm_cd4._state import State
+from scldm_cd4.checkpoint.native import load_folder
+from scldm_cd4.config import ModelConfig
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.splits import Split
+from scldm_cd4.generation import Trained
+from scldm_cd4.sampling import Sampling
+
+
+class ModelBase:
+    """A model without its verbs."""
+
+    adata: Any
+    _state: State
+    _device: torch.device
+
+    def _start(self, state: State, adata: Any, device: Any) -> None:
+        self.adata = adata
+        self._state = state
+        self._split: Split | None = None
+        self._hash: str | None = None
+        self.to_device(device)
+
+    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model to a folder of safetensors and JSON.
+
+        Raises
+        ------
+        NotTrainedError
+            Nothing is trained yet.
+        FileExistsError
+            There is something at the path, and it may not be replaced.
+        CheckpointError
+            The folder cannot be written.
+        """
+        self._require("vae")
+        self._state.save(dir_path, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, dir_path: str | Path, adata: Any = None, *, device: Any = None) -> Self:
+        """Read a model from a folder.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Cells for the methods that take none; generation needs none.
+        device
+            ``auto``, ``cpu``, ``cuda:0`` and the like.
+
+        Returns
+        -------
+        A new model, also when called on an instance.
+
+        Raises
+        ------
+        CheckpointError
+            The folder is missing, damaged, or of an unknown format.
+        """
+        model = cls.__new__(cls)
+        model._start(State.load(dir_path), adata, settings.device if device is None else device)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: Any = None) -> Self:
+        """Read a model from a local folder that `save` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            There is no such folder. Names on a hub and the released layout are not read yet.
+        """
+        if not Path(path).expanduser().is_dir():
+            raise CheckpointError(
+                f"there is no folder {str(path)!r}. Models on a hub and the layout of the released scLDM.CD4 files "
+                "are not read yet: give a folder that CD4Model.save wrote"
+            )
+        return cls.load(path, device=device)
+
+    @staticmethod
+    def load_registry(dir_path: str | Path) -> dict[str, Any]:
+        """Return genes, vocabularies and training evidence of a saved model as plain values."""
+        return load_folder(dir_path).registry
+
+    @property
+    def registry(self) -> dict[str, Any]:
+        """Genes, vocabularies, control, library sizes and training cells as plain values."""
+        return self._state.registry.to_dict()
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and training settings."""
+        return self._state.config
+
+    @property
+    def perturbations(self) -> tuple[str, ...]:
+        """The levels of the perturbation, the control among them."""
+        return self._state.registry.perturbation.levels
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        """The levels of the donor."""
+        return self._state.registry.donor.levels
+
+    @property
+    def timepoints(self) -> tuple[str, ...]:
+        """The levels of the time point."""
+        return self._state.registry.timepoint.levels
+
+    @property
+    def is_trained_(self) -> bool:
+        """Whether both stages are trained."""
+        return self._state.vae is not None and self._state.dit is not None
+
+    @property
+    def history_(self) -> dict[str, pd.DataFrame]:
+        """Losses by epoch, by stage (``vae``, ``flow``)."""
+        return self._state.history
+
+    is_trained, history = is_trained_, history_
+
+    @property
+    def training_(self) -> dict[str, Any]:
+        """Facts on the training by stage: seed, seconds, steps, split, notes."""
+        return self._state.record
+
+    @property
+    def train_indices(self) -> np.ndarray | None:
+        """Rows of the training cells; None before training and after loading."""
+        return None if self._split is None else self._split.train
+
+    @property
+    def validation_indices(self) -> np.ndarray | None:
+        """Rows of the validation cells; None before training and after loading."""
+        return None if self._split is None else self._split.validation
+
+    @property
+    def test_indices(self) -> np.ndarray | None:
+        """Rows of the cells that training never saw; None before training and after loading."""
+        return None if self._split is None else self._split.test
+
+    def to_device(self, device: Any) -> None:
+        """Move the model, for example to ``"cuda:0"``, ``"cpu"`` or ``"auto"``."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._device = torch.device(device)
+            self._state.to(self._device)
+        except (RuntimeError, AssertionError) as error:
+            raise DataError(f"there is no device {device!r}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._device
+
+    def view_anndata_setup(self) -> pd.DataFrame:
+        """Return what was declared, as a table."""
+        registry = self._state.registry
+        rows = [(a.role, a.column or "", len(a), ", ".join(a.levels[:5])) for a in registry.attributes]
+        rows.append(("genes", registry.gene_id_key or "var_names", registry.n_genes, ", ".join(registry.genes[:5])))
+        rows.append(("counts", registry.layer or "X", 1, ""))
+        rows.append(("control", "", int(registry.control is not None), registry.control or ""))
+        return pd.DataFrame(rows, columns=["what", "key", "levels", "first"]).set_index("what")
+
+    def _facts(self) -> dict[str, str]:
+        registry, state = self._state.registry, self._state
+        trained = [name for name, net in (("autoencoder", state.vae), ("flow", state.dit)) if net is not None]
+        size = sum(p.numel() for net in (state.vae, state.dit) if net is not None for p in net.parameters())
+        sizes = [f"{len(a)} {a.role}{'s' if len(a) != 1 else ''}" for a in reversed(registry.attributes)]
+        return {
+            "genes": str(registry.n_genes),
+            "conditions": ", ".join(sizes),
+            "control": registry.control or "none",
+            "trained": " and ".join(trained) or "no",
+            "parameters": f"{size:,}" if size else "not built yet",
+            "device": str(self.device),
+        }
+
+    def __repr__(self) -> str:
+        return "CD4Model\n" + "\n".join(f"  {name}: {value}" for name, value in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items())
+        return f"<b>CD4Model</b><table>{rows}</table>"
+
+    def _require(self, part: str) -> State:
+        """Return the state if the part is trained."""
+        if getattr(self._state, part) is None:
+            what = {"vae": "autoencoder", "dit": "flow"}[part]
+            how = "train()" if self._state.vae is None else "train(stage='flow')"
+            raise NotTrainedError(f"the {what} is not trained: call {how} first, or CD4Model.load a trained model")
+        return self._state
+
+    def _trained(self) -> Trained:
+        state = self._require("vae")
+        self._require("dit")
+        assert state.vae is not None
+        assert state.dit is not None
+        self._hash = self._hash or state.fingerprint()
+        return Trained(state.vae, state.dit, state.registry, {"package_version": __version__, "model_hash": self._hash})
+
+    def _sampling(self, *, seed: int | None, batch_size: int | None = None, **options: Any) -> Sampling:
+        size = settings.batch_size if batch_size is None else batch_size
+        return Sampling.resolve(self.device, seed=resolve_seed(seed), batch_size=size, **options)
+
+    def _adata(self, adata: Any) -> Any:
+        adata = self.adata if adata is None else adata
+        if adata is None:
+            raise DataError("this model was loaded without cells: pass adata=")
+        return adata
+
+    def _cells(self, adata: Any, *, allow_missing: bool = False) -> CellData:
+        return CellData.from_adata(adata, self._state.registry, labels=False, allow_missing=allow_missing)
+
+
+def resolve_seed(seed: int | None) -> int:
+    """Return the seed given, that of the settings, or one drawn.
+
+    Raises
+    ------
+    DataError
+        It is not a whole number of at least 0.
+    """
+    seed = settings.seed if seed is None else seed
+    if seed is None:
+        return int(np.random.SeedSequence().generate_state(1)[0])
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise DataError(f"seed must be a whole number of at least 0, got {seed!r}")
+    return int(seed)

@@ -1,0 +1,187 @@
+"""What a model is made of: configuration, registry, networks, history; trained, written and read here."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scldm_cd4 import __version__
+from scldm_cd4._errors import CheckpointError, TrainingError
+from scldm_cd4.checkpoint.native import load_folder, save_folder
+from scldm_cd4.config import ModelConfig
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.splits import Split
+from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.registry import Registry
+from scldm_cd4.train import TrainResult, fit
+from scldm_cd4.train.rng import isolated_rng
+
+PARTS = ("vae", "dit")
+
+
+@dataclass
+class State:
+    """A model, trained or not."""
+
+    config: ModelConfig
+    registry: Registry
+    vae: VAE | None = None
+    dit: DiT | None = None
+    history: dict[str, pd.DataFrame] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    """Plain facts on the training: seed, seconds, cells, notes."""
+
+    def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> TrainResult:
+        """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
+
+        After a TrainingError, a stage that made some steps has its last good weights; one that made none is as before.
+        """
+        vae = self.vae if stage == "flow" and self.vae is not None else self._new_vae(seed)
+        start = {k: v.clone() for k, v in vae.state_dict().items()}
+        made: list[DiT] = []
+        registry = self.registry.with_training(_labels(cells)[split.train], panel_totals(cells, split.train))
+
+        def new_dit() -> DiT:
+            made.append(self._new_dit())
+            return made[-1]
+
+        try:
+            result = fit(vae, new_dit, cells, split, self.config, seed=seed, stage=stage, **options)  # type: ignore[arg-type]
+        except TrainingError:
+            if _moved(vae, start):
+                self.vae, self.dit, self.registry = vae.eval(), None, registry
+            if made and any(p.abs().max() > 0 for p in made[-1].final_layer.parameters()):  # starts at zero
+                self.vae, self.dit, self.registry = vae.eval(), made[-1].eval(), registry
+            raise
+        if stage in ("both", "vae"):
+            self.dit = None
+        self.vae, self.registry = vae.eval(), registry
+        self.dit = result.dit.eval() if result.dit is not None else self.dit
+        self.history |= result.history
+        self._remember(result, split, stage)
+        return result
+
+    def _new_vae(self, seed: int) -> VAE:
+        with isolated_rng(seed):
+            return VAE(self.config.vae, self.registry.n_genes)
+
+    def _new_dit(self) -> DiT:
+        vae = self.config.vae
+        return DiT(self.config.flow, vae.latent_tokens, vae.n_channels, self.registry.vocabulary)
+
+    def _remember(self, result: TrainResult, split: Split, stage: str) -> None:
+        facts = {"seed": result.seed, "notes": result.notes, "interrupted": result.interrupted, "split": split.spec}
+        for name in result.history:
+            numbers = {k: getattr(result, k).get(name) for k in ("seconds", "batch_size", "n_steps")}
+            self.record[name] = facts | {k: v for k, v in numbers.items() if v is not None}
+
+    def to(self, device: torch.device) -> None:
+        """Move the networks."""
+        for part in PARTS:
+            network = getattr(self, part)
+            if network is not None:
+                network.to(device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights by name."""
+        networks = {part: getattr(self, part) for part in PARTS}
+        return {f"{p}.{k}": v for p, net in networks.items() if net is not None for k, v in net.state_dict().items()}
+
+    def fingerprint(self) -> str:
+        """Return a hash of weights, genes and levels."""
+        digest = hashlib.sha256(repr((self.registry.genes, [a.levels for a in self.registry.attributes])).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder; see `scldm_cd4.checkpoint.native`."""
+        history = {name: {"epoch": list(t.index), **t.to_dict("list")} for name, t in self.history.items()}
+        return save_folder(
+            path,
+            tensors=self.tensors(),
+            config={"model": self.config.to_dict(), "parts": [p for p in PARTS if getattr(self, p) is not None]},
+            registry=self.registry.to_dict(),
+            history={"epochs": history, "training": self.record},
+            readme=self.card(),
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "State":
+        """Read a folder.
+
+        Raises
+        ------
+        CheckpointError
+            The folder is missing or damaged.
+        """
+        saved = load_folder(path)
+        try:
+            config = ModelConfig.from_dict(saved.config["model"])
+            parts = [str(part) for part in saved.config["parts"]]
+            history = {name: _table(columns) for name, columns in saved.history["epochs"].items()}
+            record = dict(saved.history["training"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the saved model at {path} is damaged: {error!r}") from error
+        state = cls(config, Registry.from_dict(saved.registry), history=history, record=record)
+        with isolated_rng(0):
+            networks = {"vae": state._new_vae(0), "dit": state._new_dit()}
+        for part in parts:
+            if part not in networks:
+                raise CheckpointError(f"the saved model at {path} has an unknown part {part!r}")
+            setattr(state, part, _fill(networks[part], saved.tensors, part, path))
+        return state
+
+    def card(self) -> str:
+        """Return a short description in Markdown; holds no data."""
+        registry = self.registry
+        lines = [
+            "# A scLDM.CD4 model",
+            "",
+            f"Written by scldm_cd4 {__version__}. Load it with `CD4Model.load(folder)`.",
+            "",
+            f"- genes: {registry.n_genes}",
+            *(f"- {a.role}s: {len(a)}" + (f" (`{a.column}`)" if a.column else "") for a in registry.attributes),
+            f"- control: {registry.control or 'none'}",
+            f"- stages trained: {', '.join(p for p in PARTS if getattr(self, p) is not None) or 'none'}",
+            f"- parameters: {sum(v.numel() for v in self.tensors().values()):,}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def panel_totals(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return counts on the panel of some cells, which is the scale that the decoder takes."""
+    totals = [np.asarray(block.sum(axis=1), dtype=np.float64).ravel() for _, block in cells.iter_chunks()]
+    return np.concatenate(totals)[rows]
+
+
+def _labels(cells: CellData) -> NDArray[np.int64]:
+    assert cells.labels is not None
+    return cells.labels
+
+
+def _moved(network: torch.nn.Module, start: Mapping[str, Tensor]) -> bool:
+    return any(not torch.equal(v.cpu(), start[k].cpu()) for k, v in network.state_dict().items())
+
+
+def _table(columns: Mapping[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame({name: values for name, values in columns.items() if name != "epoch"}, dtype="float64")
+    return table.set_index(pd.Index(columns["epoch"], dtype="int64", name="epoch"))
+
+
+def _fill(network: Any, tensors: Mapping[str, Tensor], part: str, path: str | Path) -> Any:
+    own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+    try:
+        network.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {path} do not fit its configuration: {error}") from error
+    return network.eval()

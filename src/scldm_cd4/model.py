@@ -1,0 +1,424 @@
+"""`CD4Model`: set up, train, embed, generate, rank, save. It delegates and computes nothing itself."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scldm_cd4 import embedding
+from scldm_cd4._base import ModelBase, resolve_seed
+from scldm_cd4._errors import DataError
+from scldm_cd4._settings import settings
+from scldm_cd4._state import State
+from scldm_cd4.conditions import resolve_requests
+from scldm_cd4.config import ModelConfig, resolve_config
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.setup import fit_registry, setup_anndata
+from scldm_cd4.data.splits import make_split
+from scldm_cd4.generation import counterfactual_cells, generate_cells
+from scldm_cd4.output import gene_positions
+from scldm_cd4.ranking import rank
+from scldm_cd4.registry import Registry
+from scldm_cd4.sampling import used_roles
+from scldm_cd4.train.runner import recorded_seed
+
+
+class CD4Model(ModelBase):
+    """A generative model of perturbed cells: an autoencoder for counts and a flow in its latent space.
+
+    Parameters
+    ----------
+    adata
+        Cells declared by `setup_anndata`. It is not copied and not changed.
+    config
+        Name of a preset (``tiny``, ``small``, ``cd4``) or a `scldm_cd4.config.ModelConfig`.
+    overrides
+        Changes by part of the configuration, such as ``vae={"n_tokens": 32}``.
+
+    Raises
+    ------
+    DataError
+        `adata` is not declared.
+    ValueError
+        The configuration is unknown.
+
+    Examples
+    --------
+    >>> CD4Model.setup_anndata(adata, perturbation_key="perturbation", donor_key="donor_id", control="NTC")
+    >>> model = CD4Model(adata)
+    >>> model.train(seed=0)
+    >>> cells = model.generate(perturbation="GATA3", n_cells=500, seed=0)
+    """
+
+    def __init__(self, adata: Any, config: str | ModelConfig = "small", **overrides: Any) -> None:
+        self._start(State(resolve_config(config, **overrides), fit_registry(adata)), adata, settings.device)
+
+    @classmethod
+    def setup_anndata(cls, adata: Any, *, perturbation_key: str, **keys: Any) -> None:
+        """Declare what the columns of an AnnData mean; see `scldm_cd4.data.setup.setup_anndata`."""
+        setup_anndata(adata, perturbation_key=perturbation_key, **keys)
+
+    def train(
+        self,
+        max_epochs: Any = None,
+        *,
+        batch_size: Any = None,
+        stage: str = "both",
+        split: Any = None,
+        train_size: float | None = None,
+        validation_size: float = 0.1,
+        plan_kwargs: Any = None,
+        accelerator: str = "auto",
+        devices: Any = "auto",
+        precision: Any = "auto",
+        early_stopping: bool = True,
+        resume_from: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None,
+        seed: int | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the autoencoder, then the flow in its latent space.
+
+        Parameters
+        ----------
+        max_epochs, batch_size
+            One value, or a dict with keys ``vae`` and ``flow``; None goes by the configuration and the data.
+        stage
+            ``both``, ``vae`` or ``flow``; ``flow`` keeps the trained autoencoder. A stage starts from fresh weights.
+        split
+            Which cells are held out, see `scldm_cd4.data.splits.make_split`; None takes a random share of every
+            condition.
+        train_size, validation_size
+            Shares of the cells for a random split; what is left is for test.
+        plan_kwargs
+            Changes of the `scldm_cd4.config.StageConfig`, such as ``{"lr": 1e-3}``, or a dict of them by stage.
+        accelerator, devices, precision
+            As Lightning takes them; ``auto`` is CUDA with bf16 where there is one, else the CPU with fp32.
+        early_stopping
+            End a stage when the validation loss no longer falls, and keep the best weights.
+        resume_from
+            Folder given as `checkpoint_dir` to a training that did not end; goes on where it stopped.
+        checkpoint_dir
+            Folder for training state; None writes nothing.
+        seed
+            Of everything drawn; None draws one, which is recorded.
+        trainer_kwargs
+            ``num_workers``, ``progress``, and what ``lightning.pytorch.Trainer`` takes.
+
+        Raises
+        ------
+        DataError
+            The model has no cells, or an argument is not possible.
+        NotTrainedError
+            ``stage="flow"`` without a trained autoencoder.
+        TrainingError
+            A loss became infinite or not a number. The model keeps the last good weights.
+        CheckpointError
+            `resume_from` has no usable training state.
+        """
+        if stage == "flow":
+            self._require("vae")
+        if seed is None and resume_from is not None:
+            seed = recorded_seed(resume_from)
+        seed = resolve_seed(seed)
+        if train_size is not None:
+            split = _shares(split, train_size, validation_size)
+        cells = CellData.from_adata(self._adata(None))
+        _warn_without_control(self._state.registry)
+        self._split = make_split(cells, split, validation=validation_size, seed=seed)
+        trainer_kwargs.setdefault("progress", settings.progress)
+        trainer_kwargs.setdefault("num_workers", settings.num_workers or 0)
+        self._hash = None
+        try:
+            self._state.train(
+                cells,
+                self._split,
+                seed=seed,
+                stage=stage,
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                plan_kwargs=plan_kwargs,
+                accelerator=accelerator,
+                devices=devices,
+                precision=precision,
+                early_stopping=early_stopping,
+                resume_from=resume_from,
+                checkpoint_dir=checkpoint_dir,
+                **trainer_kwargs,
+            )
+        finally:
+            self._state.to(self.device)
+
+    def get_latent(
+        self,
+        adata: Any = None,
+        *,
+        indices: Any = None,
+        give_mean: bool = True,
+        flatten: bool = True,
+        batch_size: int | None = None,
+        key_added: str | None = None,
+        allow_missing: bool = False,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        """Embed cells.
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts; None takes those that the model was built with. Genes are matched by name.
+        indices
+            Row numbers, cell names or a mask; None takes all.
+        give_mean
+            Only the mean of the latent is given; False is refused.
+        flatten
+            Give (n, tokens x channels), which scanpy takes as ``use_rep``; else (n, tokens, channels).
+        batch_size
+            Cells at a time.
+        key_added
+            Also write the flat latents to this key of ``adata.obsm`` (all cells).
+        allow_missing
+            Accept that up to half of the model's genes are missing.
+        seed
+            Not used: the latent is not random.
+
+        Returns
+        -------
+        float32 array.
+
+        Raises
+        ------
+        NotTrainedError
+            The autoencoder is not trained.
+        DataError, GeneMismatchError
+            The cells cannot be used.
+        """
+        vae = self._require("vae").vae
+        if not give_mean:
+            raise DataError("give_mean=False is not supported: the latent of a cell is given by its mean")
+        if key_added is not None and (indices is not None or not flatten):
+            raise DataError("key_added= writes flat latents of all cells: leave out indices= and flatten=")
+        adata = self._adata(adata)
+        cells = self._cells(adata, allow_missing=allow_missing)
+        rows = embedding.as_rows(indices, cells)
+        z = embedding.latents(vae, cells, rows, flatten=flatten, batch_size=batch_size)
+        if key_added is not None:
+            adata.obsm[key_added] = z
+        return z
+
+    def get_latent_representation(
+        self,
+        adata: Any = None,
+        indices: Any = None,
+        give_mean: bool = True,
+        mc_samples: int | None = None,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        **options: Any,
+    ) -> np.ndarray:
+        """Embed cells; `get_latent` with the keywords of scvi-tools (`mc_samples` has no effect)."""
+        if return_dist:
+            raise DataError("return_dist=True is not supported: the latent of a cell is a point")
+        return self.get_latent(adata, indices=indices, give_mean=give_mean, batch_size=batch_size, **options)
+
+    def get_normalized_expression(
+        self,
+        adata: Any = None,
+        indices: Any = None,
+        *,
+        gene_list: Any = None,
+        library_size: float | str = 1.0,
+        batch_size: int | None = None,
+        return_numpy: bool = False,
+        allow_missing: bool = False,
+    ) -> pd.DataFrame | np.ndarray:
+        """Give the decoded mean expression of cells.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, allow_missing
+            As for `get_latent`.
+        gene_list
+            Genes to give; None gives all. Means are shares of all genes in either case.
+        library_size
+            What the means of a cell add up to; ``"latent"`` takes the counts of the cell.
+        return_numpy
+            Give an array in place of a table.
+
+        Returns
+        -------
+        Cells x genes, float32.
+        """
+        vae = self._require("vae").vae
+        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
+        rows, genes = embedding.as_rows(indices, cells), gene_positions(self._state.registry, gene_list)
+        values = embedding.normalized_expression(
+            vae, cells, rows, library_size=library_size, genes=genes, batch_size=batch_size
+        )
+        if return_numpy:
+            return values
+        names = np.array(self._state.registry.genes, dtype=object)
+        return pd.DataFrame(values, index=cells.obs_names[rows], columns=names if genes is None else names[genes])
+
+    def get_reconstruction_error(
+        self, adata: Any = None, indices: Any = None, *, batch_size: int | None = None, allow_missing: bool = False
+    ) -> np.ndarray:
+        """Give the negative log-likelihood of cells, each decoded from its own latent.
+
+        Returns
+        -------
+        Nats per cell, summed over genes, float64 (n,).
+        """
+        vae = self._require("vae").vae
+        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
+        return embedding.reconstruction_error(vae, cells, embedding.as_rows(indices, cells), batch_size=batch_size)
+
+    def generate(
+        self,
+        perturbation: Any = None,
+        donor: Any = None,
+        timepoint: Any = None,
+        *,
+        n_cells: Any = None,
+        conditions: pd.DataFrame | None = None,
+        cells: Any = None,
+        output: str = "counts",
+        guidance: Any = 1.0,
+        n_steps: int | None = None,
+        solver: str | None = None,
+        size_factors: Any = None,
+        genes: Any = None,
+        precision: Any = "auto",
+        seed: int | None = None,
+        batch_size: int | None = None,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> Any:
+        """Generate cells of conditions, or given cells under other conditions.
+
+        Parameters
+        ----------
+        perturbation, donor, timepoint
+            A label, several, or None for all levels that were trained. Several make a cross product, in the order
+            donor (slowest), time point, perturbation. A combination that training did not see is allowed; ``obs``
+            then says ``n_train_cells`` 0.
+        n_cells
+            Cells per condition; 100 by default. The first k of n cells are the k cells.
+        conditions
+            In place of labels, a table with one condition per row: the user's columns, and optionally ``n_cells``.
+        cells
+            AnnData whose cells are given as they would be under the labels named (one each); a label left out stays.
+            Each cell is carried back to noise under its own labels and forward under the new ones.
+        output
+            What ``X`` holds: ``counts`` (CSR float32, whole numbers), ``mean``, ``lognorm`` or ``latent``.
+        guidance
+            1 is the conditional flow, 0 is unconditional (``obs`` then says so); or a dict of weights, see
+            `scldm_cd4.flow.guided`.
+        n_steps, solver
+            Of the flow; ``midpoint`` with 10 steps.
+        size_factors
+            Library sizes: None draws from those of the training cells of the context, ``"context"`` takes their
+            median, or one number, or one per cell. For `cells`, None takes their own.
+        genes
+            Give only these; all are drawn.
+        precision
+            ``auto`` (bf16 on CUDA, else fp32), ``fp32`` or ``bf16``.
+        seed
+            None draws one, which is recorded. Equal seeds give equal cells, whatever else is asked for.
+        batch_size
+            Cells per network pass, rounded up to a multiple of 64.
+        out
+            An h5ad file to write to as cells come; it is returned backed.
+        overwrite
+            Replace that file.
+
+        Returns
+        -------
+        AnnData with labels, ``is_generated``, ``size_factor``, ``n_train_cells`` and ``n_train_contexts`` in ``obs``,
+        and how it was made in ``uns["scldm_cd4"]``.
+
+        Raises
+        ------
+        NotTrainedError
+            A stage is not trained.
+        UnknownCategoryError
+            A label is unknown or was never trained.
+        DataError
+            An argument is not possible.
+        FileExistsError
+            `out` exists.
+        """
+        trained = self._trained()
+        sampling = self._sampling(
+            seed=seed,
+            output=output,
+            guidance=guidance,
+            solver=solver,
+            n_steps=n_steps,
+            precision=precision,
+            batch_size=batch_size,
+        )
+        used = used_roles(trained.dit, guidance)
+        options = {"size_factors": size_factors, "genes": genes, "out": out, "overwrite": overwrite}
+        options["workers"] = settings.num_workers
+        labels = {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}
+        if cells is not None:
+            if conditions is not None or n_cells is not None:
+                raise DataError("cells= gives one cell for each: leave out n_cells= and conditions=")
+            given = CellData.from_adata(cells, self._state.registry)
+            return counterfactual_cells(trained, sampling, given, labels, **options)
+        requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)
+        return generate_cells(trained, sampling, requests, **options)
+
+    def predict(self, conditions: pd.DataFrame, **options: Any) -> Any:
+        """Generate cells of a table of conditions; `generate` with ``conditions=``."""
+        return self.generate(conditions=conditions, **options)
+
+    def rank_perturbations(
+        self,
+        target: Any,
+        *,
+        perturbations: Any = None,
+        donor: Any = None,
+        timepoint: Any = None,
+        direction: str = "toward",
+        effects: str = "generated",
+        n_cells: int = 200,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """Rank perturbations by how far their effects lead toward a target; see `scldm_cd4.ranking.rank`."""
+        return rank(
+            self._trained(),
+            self._sampling(seed=seed),
+            target,
+            perturbations=perturbations,
+            donor=donor,
+            timepoint=timepoint,
+            direction=direction,
+            effects=effects,
+            n_cells=n_cells,
+            adata=self.adata,
+            workers=settings.num_workers,
+        )
+
+
+def _shares(split: Any, train: float, validation: float) -> dict[str, float]:
+    if split is not None:
+        raise DataError("give either split= or train_size=")
+    test = 1.0 - train - validation
+    if not 0 < train < 1 or test < -1e-9:
+        raise DataError(f"train_size={train} and validation_size={validation} must be shares that add up to at most 1")
+    return {"validation": validation, "test": test if test > 1e-9 else 0.0}
+
+
+def _warn_without_control(registry: Registry) -> None:
+    if registry.control is None:
+        column = registry.perturbation.column
+        warnings.warn(
+            f"no control was declared for obs[{column!r}]: cells can be generated, but perturbations cannot be ranked. "
+            "Name it with setup_anndata(..., control=...)",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,408 @@
+"""Conditions to generated cells: work units, latents, counts.
+
+A request becomes work units: plain data that say which replicates of which conditions share a network pass. A unit can
+be computed by any thread or process, in any order. Its cells do not depend on the other units, nor on their place in
+the unit: noise is keyed by condition and replicate (`noise`), every pass has the same number of rows (the last unit is
+padded), that number is a multiple of `ALIGN` so that no row falls into the tail of a vectorised loop, and on a CPU each
+unit is computed by one thread, as the split of a loop over threads would depend on their number.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.conditions import Request
+from scldm_cd4.config import ROLES
+from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
+from scldm_cd4.flow.guidance import Guidance
+from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.nn.likelihood import nb_quantile
+from scldm_cd4.noise import BLOCK, count_uniforms, latent_normals, library_uniforms
+from scldm_cd4.registry import Registry
+from scldm_cd4.size_factors import SizeFactors
+
+Output = Literal["counts", "mean", "lognorm", "latent"]
+OUTPUTS = ("counts", "mean", "lognorm", "latent")
+ALIGN = 64
+"""Rows of a network pass are a multiple of this: 64 floats are four of the widest vectors of a CPU."""
+TARGET_SUM = 1e4
+PRECISIONS = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
+CPU_BATCH, GPU_BATCH = 128, 1024
+A, B = TypeVar("A"), TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How cells are drawn."""
+
+    seed: int
+    output: Output = "counts"
+    guidance: Guidance = 1.0
+    solver: str = "midpoint"
+    n_steps: int = 10
+    precision: str = "fp32"
+    batch_size: int = CPU_BATCH
+
+    @classmethod
+    def resolve(
+        cls,
+        device: torch.device,
+        *,
+        seed: int,
+        output: str = "counts",
+        guidance: Guidance = 1.0,
+        solver: str | None = None,
+        n_steps: int | None = None,
+        precision: Any = "auto",
+        batch_size: int | None = None,
+    ) -> "Sampling":
+        """Fill in what is left open and check the rest.
+
+        Raises
+        ------
+        DataError
+            A value is not possible.
+        """
+        if output not in OUTPUTS:
+            raise DataError(f"output must be one of {OUTPUTS}, got {output!r}")
+        solver, n_steps = solver or cls.solver, cls.n_steps if n_steps is None else n_steps
+        if solver not in SOLVERS:
+            raise DataError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+        if isinstance(n_steps, bool) or not isinstance(n_steps, int | np.integer) or n_steps < 1:
+            raise DataError(f"n_steps must be a whole number of at least 1, got {n_steps!r}")
+        if precision == "auto":
+            precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        if str(precision) not in PRECISIONS:
+            raise DataError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
+        size = (GPU_BATCH if device.type == "cuda" else CPU_BATCH) if batch_size is None else batch_size
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise DataError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        rows = ALIGN * -(-int(size) // ALIGN)
+        return cls(int(seed), output, guidance, solver, int(n_steps), PRECISIONS[str(precision)], rows)  # type: ignore[arg-type]
+
+
+def used_roles(dit: DiT, guidance: Guidance) -> frozenset[str]:
+    """Return the roles on which the output depends at a guidance.
+
+    Raises
+    ------
+    DataError
+        The guidance is not possible for the network.
+    """
+    try:
+        return conditioned_on(dit.config.label_dropout, guidance)
+    except (ValueError, TypeError) as error:
+        raise DataError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive replicates of one condition, all of one block of noise."""
+
+    labels: tuple[str | None, ...]
+    block: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """The cells of one network pass; plain data, which any process can turn into cells."""
+
+    first: int
+    """Row of its first cell in the output."""
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+
+def plan_units(requests: Iterable[Request], batch_size: int) -> Iterator[WorkUnit]:
+    """Yield the work units of requests: their cells in order, `batch_size` to a unit."""
+    first, held, segments = 0, 0, list[Segment]()
+    for request in requests:
+        done = 0
+        while done < request.n_cells:
+            block, start = divmod(request.first + done, BLOCK)
+            n = min(request.n_cells - done, BLOCK - start, batch_size - held)
+            segments.append(Segment(request.labels, block, start, start + n))
+            done, held = done + n, held + n
+            if held == batch_size:
+                yield WorkUnit(first, tuple(segments))
+                first, held, segments = first + held, 0, []
+    if segments:
+        yield WorkUnit(first, tuple(segments))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The cells of one unit."""
+
+    values: Any
+    """What the output asks: CSR float32 (counts, lognorm) or float32 array; (n, n_genes), or (n, S L) for latents."""
+    library: NDArray[np.float64]
+
+
+class Sampler:
+    """Turns work units into cells.
+
+    Parameters
+    ----------
+    vae, dit
+        Trained networks in evaluation mode, on one device.
+    registry
+        Meaning of the labels, and library sizes.
+    sampling
+        How cells are drawn.
+    noise_labels
+        Labels that key the noise of a condition; by default its own. Conditions with equal ones share all noise.
+
+    Raises
+    ------
+    DataError
+        The guidance is not possible for the network.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        dit: DiT,
+        registry: Registry,
+        sampling: Sampling,
+        *,
+        noise_labels: Callable[[tuple[str | None, ...]], tuple[str | None, ...]] = tuple,
+    ) -> None:
+        self.vae, self.dit, self.registry, self.sampling = vae, dit, registry, sampling
+        self.noise_labels = noise_labels
+        self.device = next(dit.parameters()).device
+        self.used = used_roles(dit, sampling.guidance)
+        self.velocity = self.velocity_at(sampling.guidance)
+        self._code = [{level: i for i, level in enumerate(a.levels)} for a in registry.attributes]
+        self._genes = torch.arange(1, vae.n_genes + 1, device=self.device)
+
+    def velocity_at(self, guidance: Guidance) -> Any:
+        """Return the guided velocity of the network."""
+        return guided(
+            self.dit,
+            strategy=self.dit.config.label_dropout,
+            guidance=guidance,
+            unconditional=self.dit.unconditional,
+        )
+
+    def run(self, unit: WorkUnit, library: NDArray[np.float64] | None = None) -> Drawn:
+        """Draw the cells of a unit; `library` (n,) replaces the drawn library sizes."""
+        if library is None:
+            library = np.concatenate([self._library(s) for s in unit.segments])
+        noise = np.concatenate([self._noise(s) for s in unit.segments])
+        codes = np.concatenate([np.tile(self.codes(s.labels), (len(s), 1)) for s in unit.segments])
+        latent = self.flow(noise, codes)
+        if self.sampling.output == "latent":
+            return Drawn(latent.reshape(len(unit), -1), library)
+        uniforms = None
+        if self.sampling.output != "mean":
+            uniforms = np.concatenate([self._uniforms(s) for s in unit.segments])
+        return Drawn(self.express(latent, library, uniforms), library)
+
+    def codes(self, labels: Sequence[str | None]) -> NDArray[np.int64]:
+        """Return the codes (3,) of labels; None gives that of a dropped label."""
+        return np.array(
+            [len(known) if x is None else known[x] for x, known in zip(labels, self._code, strict=True)], dtype=np.int64
+        )
+
+    def _noise(self, s: Segment) -> NDArray[np.float32]:
+        shape = (self.vae.config.latent_tokens, self.vae.config.n_channels)
+        width = shape[0] * shape[1]
+        z = latent_normals(self.sampling.seed, self.noise_labels(s.labels), s.block, s.start, s.stop, width)
+        return z.reshape(-1, *shape)
+
+    def _library(self, s: Segment) -> NDArray[np.float64]:
+        uniform = library_uniforms(self.sampling.seed, self.noise_labels(s.labels), s.block, s.start, s.stop)
+        return size_factors_of(self.registry).sample(s.labels[0], s.labels[1], uniform)
+
+    def _uniforms(self, s: Segment) -> NDArray[np.float64]:
+        labels = self.noise_labels(s.labels)
+        return count_uniforms(self.sampling.seed, labels, s.block, s.start, s.stop, self.vae.n_genes)
+
+    @torch.inference_mode()
+    def flow(
+        self, x: NDArray[np.float32], codes: NDArray[np.int64], *, reverse: bool = False, velocity: Any = None
+    ) -> NDArray[np.float32]:
+        """Carry states (n, S, L) to the other end of the flow, n up to the batch size; padded to constant shape."""
+        n = len(x)
+        pad = np.concatenate([np.arange(n), np.zeros(self.sampling.batch_size - n, dtype=np.int64)])
+        state, labels = (torch.from_numpy(values[pad]).to(self.device) for values in (x, codes))
+        with self._autocast():
+            z = solve(
+                velocity or self.velocity,
+                state,
+                labels,
+                solver=self.sampling.solver,
+                n_steps=self.sampling.n_steps,
+                reverse=reverse,
+            )
+        return z[:n].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def express(
+        self, latent: NDArray[np.float32], library: NDArray[np.float64], uniforms: NDArray[np.float64] | None
+    ) -> Any:
+        """Decode latents (n, S, L) at library sizes (n,): means, or counts at uniform numbers (n, n_genes)."""
+        parts = []
+        for start in range(0, len(latent), ALIGN):
+            rows = slice(start, start + ALIGN)
+            mu, theta = self._decode(latent[rows], library[rows])
+            if uniforms is None:
+                parts.append(mu.float().cpu().numpy())
+                continue
+            mean, inverse_dispersion = (t.double().cpu().numpy() for t in (mu, theta))
+            counts = sparse.csr_matrix(nb_quantile(uniforms[rows], mean, inverse_dispersion))
+            parts.append(lognormal(counts) if self.sampling.output == "lognorm" else counts)
+        return np.concatenate(parts) if uniforms is None else sparse.vstack(parts, format="csr")
+
+    def _decode(self, latent: NDArray[np.float32], library: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        n = len(latent)
+        pad = np.concatenate([np.arange(n), np.zeros(ALIGN - n, dtype=np.int64)])
+        z = torch.from_numpy(latent[pad]).to(self.device)
+        total = torch.from_numpy(library[pad, None].astype(np.float32)).to(self.device)
+        with self._autocast():
+            mu, theta = self.vae.decode(z, self._genes, total)
+        return mu[:n], theta[:n] if len(theta) > 1 else theta
+
+    def _autocast(self) -> Any:
+        if self.sampling.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def size_factors_of(registry: Registry) -> SizeFactors:
+    """Return the library sizes that a model knows.
+
+    Raises
+    ------
+    DataError
+        It knows none.
+    """
+    if registry.size_factors is None:
+        raise DataError("the model has no library sizes; pass size_factors= to generate")
+    return registry.size_factors
+
+
+def lognormal(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return log1p(1e4 counts / total) of every cell, float32; a cell without counts stays zero."""
+    out = counts.astype(np.float64)
+    total = np.asarray(out.sum(axis=1)).ravel()
+    factor = np.divide(TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)
+    out.data = np.log1p(out.data * np.repeat(factor, np.diff(out.indptr)))
+    return out.astype(np.float32)
+
+
+def resolve_library(registry: Registry, requests: Sequence[Request], size_factors: Any) -> NDArray[np.float64] | None:
+    """Return the library size of every cell (n,), or None to draw them.
+
+    Raises
+    ------
+    DataError
+        Values are not positive, finite numbers, or not one per cell.
+    """
+    if size_factors is None:
+        size_factors_of(registry)
+        return None
+    numbers = [request.n_cells for request in requests]
+    if isinstance(size_factors, str):
+        if size_factors != "context":
+            raise DataError(
+                f"size_factors takes None, 'context', a number or one number per cell, got {size_factors!r}"
+            )
+        known = size_factors_of(registry)
+        typical = [known.sample(r.labels[0], r.labels[1], np.array([0.5]))[0] for r in requests]
+        return np.repeat(np.array(typical), numbers)
+    return given_library(size_factors, sum(numbers))
+
+
+def given_library(values: Any, n: int) -> NDArray[np.float64]:
+    """Return one library size per cell (n,) from one number or n.
+
+    Raises
+    ------
+    DataError
+        Values are not positive, finite numbers, or not one per cell.
+    """
+    try:
+        library = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"size_factors takes numbers: {error}") from error
+    if library.shape not in ((), (n,)):
+        raise DataError(f"size_factors needs one number, or one for each of the {n} cells, got shape {library.shape}")
+    if not (np.isfinite(library).all() and (library > 0).all()):
+        raise DataError("size_factors must be positive and finite")
+    return np.array(np.broadcast_to(library, (n,)))
+
+
+@contextmanager
+def one_thread_each(device: torch.device, workers: int | None) -> Iterator[int]:
+    """Give the number of units to compute at once; on a CPU, torch uses one thread for each inside the block.
+
+    Yields
+    ------
+    1 on an accelerator, else `workers` or the threads that torch had.
+    """
+    if device.type != "cpu":
+        yield 1
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(1, workers if workers is not None else min(before, os.cpu_count() or 1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_order(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """Yield ``function(item)`` in the order of the items, some at a time, without running far ahead."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def draw(
+    sampler: Sampler, requests: Sequence[Request], library: NDArray[np.float64] | None, workers: int | None = None
+) -> Iterator[Drawn]:
+    """Yield the cells of requests in order, unit by unit."""
+
+    def run(unit: WorkUnit) -> Drawn:
+        rows = slice(unit.first, unit.first + len(unit))
+        return sampler.run(unit, None if library is None else library[rows])
+
+    with one_thread_each(sampler.device, workers) as n:
+        yield from in_order(run, plan_units(requests, sampler.sampling.batch_size), n)
+
+
+def role_columns(registry: Registry) -> dict[str, str]:
+    """Return the user's column of each role that has one."""
+    return {r: a.column for r, a in zip(ROLES, registry.attributes, strict=True) if a.column is not None}
