@@ -40,6 +40,9 @@ def test_a_perfect_model_scores_as_a_repeat(perfect_scores):
     assert (table["n_scored"] == 6).all()
     assert (table.loc[["pearson_delta", "energy_distance", "de_f1"], "n_counted"] >= 2).all()
     assert table.loc[["pearson_delta", "energy_distance", "de_f1"], "score"].between(0.85, 1.15).all()
+    assert np.isnan(table.loc["w2", "score"])  # raw, beside its floor
+    assert table.loc["w2", "n_counted"] == table.loc["energy_distance", "n_counted"]
+    assert table.loc["w2", "ceiling"] < table.loc["w2", "baseline"]
 
 
 def test_a_model_without_effects_scores_as_the_control(simulated):
@@ -137,7 +140,7 @@ def test_report_is_strict_json_and_labelled(perfect_scores):
     pairs = [f"{what}_{side}" for what in ("zeros", "counts") for side in ("generated", "held_out")]
     others = ["nb_error", "nb_error_intercept", "n_latent", "probe_latent", "probe_pcs", "probe_chance", "reload_equal"]
     quality = dict.fromkeys([*pairs, *others], float("nan"))
-    ranking = pd.DataFrame({"perturbation": ["GATA3"], "score": [0.5]})
+    ranking = pd.DataFrame({"perturbation": ["GATA3"], "score": [0.5], "chance_lo": [-0.1], "chance_hi": [0.1]})
     report = Report(True, "1", {"cells": "few"}, summarise(perfect_scores), quality, "Th1", ranking)
     values = json.loads(report.to_json(), parse_constant=pytest.fail)
     assert values["data"] == "SIMULATED"

@@ -20,6 +20,7 @@ from scldm_cd4.cli._scores import MAX_PERTURBATIONS, MIN_CELLS, Scorer, summaris
 from scldm_cd4.cli._truth import axis_of, compare_effects, compare_ranking
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.files import open_h5ad
+from scldm_cd4.data.setup import fit_registry
 
 TEST = 0.2
 """Share of the cells of every condition that is held out."""
@@ -27,7 +28,7 @@ BLOCKS, MAX_PER_CONDITION = 4, 400
 """Generated cells per held-out cell, and the most of one condition."""
 N_RANKED = 50
 """Generated cells per perturbation and context in the ranking."""
-MAX_DRAWN = 2000
+MAX_DRAWN = 1200
 """Cells of each kind in the figure."""
 NAMES = {
     "generated": "generated.h5ad",
@@ -126,7 +127,7 @@ class _Job:
     steps: Steps
 
     def __post_init__(self) -> None:
-        self.registry = self.model.registry
+        self.registry = fit_registry(self.adata)
         cells = CellData.from_adata(self.adata, self.registry)
         assert cells.labels is not None
         self.labels = cells.labels
@@ -261,8 +262,8 @@ class _Job:
             *places,
             *([names[code] for code in cells.perturbation] for cells in (real, drawn)),
             named=[names[code] for code in (*self._strongest(5), self.scorer.control_code)],
-            names=("simulated, held out" if self.simulated else "real, held out", "generated"),
-            title=f"{f'{SIMULATED} cells. ' if self.simulated else ''}UMAP fitted on the training cells only",
+            title=f"{SIMULATED + ' cells' if self.simulated else 'real cells'}, held out, and generated cells, in a "
+            "UMAP fitted on the training cells only",
             seed=self.options.seed,
         )
         figure.savefig(self._path("figure"), dpi=150)

@@ -133,7 +133,11 @@ class Report:
         ends = table if len(table) <= 10 else pd.concat([table.head(5), table.tail(5)])
         text = ", ".join(f"{row.perturbation} {row.score:+.2f}" for row in ends.itertuples())
         how = "all" if len(table) <= 10 else "first and last five"
-        return f"{self._label(f'Ranking toward {self.ranked_toward}')}, {how}\n  {text}"
+        low, high = (self.ranking[name].median() for name in ("chance_lo", "chance_hi"))
+        return (
+            f"{self._label(f'Ranking toward {self.ranked_toward}')}, {how}; control against control, 90 %: "
+            f"{low:+.2f} to {high:+.2f}\n  {text}"
+        )
 
 
 def _pairs(values: dict[str, Any]) -> str:

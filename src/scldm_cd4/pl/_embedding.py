@@ -42,7 +42,8 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> lis
         warnings.simplefilter("ignore")  # numba and umap speak of their own internals
         from umap import UMAP
 
-        fitted = UMAP(n_neighbors=min(15, len(reference) - 1), random_state=seed, n_jobs=1).fit(reference)
+        shape = {"n_neighbors": min(15, len(reference) - 1), "min_dist": 0.5, "spread": 1.5, "init": "pca"}
+        fitted = UMAP(**shape, random_state=seed, n_jobs=1).fit(reference)
         return [np.asarray(fitted.transform(other)) for other in others]
 
 
@@ -53,7 +54,7 @@ def embedding(
     named: Sequence[str] | None = None,
     title: str = "",
     limits: np.ndarray | None = None,
-    size: float = 5.0,
+    size: float | None = None,
     seed: int = 0,
     ax: Any = None,
 ) -> Any:
@@ -72,7 +73,7 @@ def embedding(
     limits
         Cells x 2: the axes show the range of these coordinates; None for those drawn.
     size
-        Of a point, in points squared.
+        Of a point, in points squared; None: larger for fewer cells.
     seed
         Of the order of drawing.
     ax
@@ -95,6 +96,7 @@ def embedding(
     if len(named) > len(COLOURS):
         raise DataError(f"{len(named)} groups cannot be told apart by colour; name at most {len(COLOURS)}")
     ax = _new_axes() if ax is None else ax
+    size = float(np.clip(12_000 / max(len(groups), 1), 4.0, 16.0)) if size is None else size
     colour = dict(zip(named, COLOURS, strict=False))
     order = np.random.default_rng(seed).permutation(len(groups))
     known = np.isin(groups[order], named)
@@ -145,8 +147,8 @@ def real_vs_generated(
     axes = figure.subplots(1, 3)
     both = np.concatenate([real, generated])
     source = np.repeat(names, [len(real), len(generated)])
-    title_of_both = f"{len(real)} {names[0]}, {len(generated)} {names[1]}"
-    embedding(both, source, named=names, title=title_of_both, seed=seed, ax=axes[0])
+    each = f"{len(real)} cells each" if len(real) == len(generated) else f"{len(real)} and {len(generated)} cells"
+    embedding(both, source, named=names, title=f"{' and '.join(names)}, {each}", seed=seed, ax=axes[0])
     for ax, cells, groups, what in (
         (axes[1], real, real_groups, names[0]),
         (axes[2], generated, generated_groups, names[1]),
