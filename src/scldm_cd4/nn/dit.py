@@ -16,7 +16,7 @@ N_TIME_FEATURES = 256
 
 
 def position_table(n_tokens: int, width: int) -> Tensor:
-    """Fixed [sin | cos] positions (1, S, D), in the float32 arithmetic of the released table."""
+    """Return fixed [sin | cos] positions (1, S, D), in the float32 arithmetic of the released table."""
     half = width // 2
     frequency = np.arange(half, dtype=np.float32)
     frequency /= np.float32(half)
@@ -26,7 +26,7 @@ def position_table(n_tokens: int, width: int) -> Tensor:
 
 
 def time_features(t: Tensor) -> Tensor:
-    """Times (B,) in [0, 1] -> [cos(t f) | sin(t f)] (B, 256), f_i = 10000^(-i / 128); t is not rescaled."""
+    """Map times (B,) in [0, 1] -> [cos(t f) | sin(t f)] (B, 256), f_i = 10000^(-i / 128); t is not rescaled."""
     half = N_TIME_FEATURES // 2
     f = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None].float() * f[None]
@@ -117,16 +117,14 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for table in self.class_embeddings.values():
-            nn.init.normal_(table.weight, std=self.config.label_std)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        for table in self.class_embeddings.modules():
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=self.config.label_std)
+        for layer in _linear(self.t_embedder.mlp):
             nn.init.normal_(layer.weight, std=0.02)
         # a fresh network is the identity in each block and gives velocity 0
-        for layer in (
-            *(block.adaln_modulation[1] for block in self.blocks),
-            self.final_layer.adaln_modulation[1],
-            self.final_layer.linear,
-        ):
+        modulations = [block.adaln_modulation for block in self.blocks if isinstance(block, DiTBlock)]
+        for layer in _linear(*modulations, self.final_layer):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -148,3 +146,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, c)
         return self.final_layer(h, c)
+
+
+def _linear(*parts: nn.Module) -> list[nn.Linear]:
+    return [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear)]

@@ -38,8 +38,8 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
 def _log_rising(theta: Tensor, x: Tensor) -> Tensor:
     """Return lnG(x + theta) - lnG(theta) without the cancellation that single precision suffers at large theta.
 
-    There Stirling's series gives (theta - 1/2) ln(1 + x / theta) + x ln(theta + x) - x + 1 / (12 (theta + x)) - 1 / (12 theta).
-    Left as a difference of two large numbers, its rounding would reward dispersions that grow without bound.
+    There Stirling's series gives (theta - 1/2) ln(1 + x / theta) + x ln(theta + x) - x + 1 / (12 (theta + x)) - 1 / (12
+    theta). Left as a difference of two large numbers, its rounding would reward dispersions that grow without bound.
     """
     small = theta.clamp(max=LARGE_THETA)
     direct = torch.lgamma(x + small) - torch.lgamma(small)

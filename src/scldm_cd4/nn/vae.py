@@ -58,7 +58,7 @@ class InputLayer(nn.Module):
         self.projection = CountProjection(config)
 
     def forward(self, counts: Tensor, genes: Tensor) -> Tensor:
-        """Counts (...) and genes (...) -> tokens (..., E)."""
+        """Map counts (...) and genes (...) to tokens (..., E)."""
         return self.projection(self.gene_embedding(genes), counts)
 
 
@@ -155,7 +155,7 @@ class LinearPath(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def encode(self, counts: Tensor, genes: Tensor) -> Tensor:
-        """Counts and genes (B, W) -> what is added to the latent (B, S, L)."""
+        """Map counts and genes (B, W) to what is added to the latent (B, S, L)."""
         weights = torch.log1p(1e4 * counts / counts.sum(1, keepdim=True).clamp(min=1.0))
         scores = self.scores(genes, per_sample_weights=weights) - self.centre  # (B, R)
         return self.to_latent(scores).view(-1, *self.shape)
@@ -226,7 +226,7 @@ class VAE(nn.Module):
             self.linear_path = LinearPath(config, n_genes)
 
     def encoder_tokens(self, counts: Tensor, genes: Tensor) -> Tensor:
-        """Counts (B, W) of genes (B, W) -> tokens before the latent projection (B, S, E)."""
+        """Map counts (B, W) of genes (B, W) to tokens before the latent projection (B, S, E)."""
         mask = None
         if self.config.mask_padding:  # a cell of padding alone attends to it: attention over nothing is not a number
             mask = ((genes != 0) | (genes == 0).all(1, keepdim=True))[:, None, None, :]
