@@ -1,5 +1,6 @@
 """What every use of a model stands on: state, device, saving, loading, looking at it."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
+from scldm_cd4.nn import VAE
+from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling
 
 
@@ -207,13 +210,16 @@ class ModelBase:
             raise NotTrainedError(f"the {what} is not trained: call {how} first, or CD4Model.load a trained model")
         return self._state
 
+    def _vae(self) -> VAE:
+        vae = self._require("vae").vae
+        assert vae is not None
+        return vae
+
     def _trained(self) -> Trained:
-        state = self._require("vae")
-        self._require("dit")
-        assert state.vae is not None
+        vae, state = self._vae(), self._require("dit")
         assert state.dit is not None
         self._hash = self._hash or state.fingerprint()
-        return Trained(state.vae, state.dit, state.registry, {"package_version": __version__, "model_hash": self._hash})
+        return Trained(vae, state.dit, state.registry, {"package_version": __version__, "model_hash": self._hash})
 
     def _sampling(self, *, seed: int | None, batch_size: int | None = None, **options: Any) -> Sampling:
         size = settings.batch_size if batch_size is None else batch_size
@@ -243,3 +249,25 @@ def resolve_seed(seed: int | None) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed must be a whole number of at least 0, got {seed!r}")
     return int(seed)
+
+
+def random_shares(split: Any, train: float, validation: float) -> dict[str, float]:
+    """Return shares for `scldm_cd4.data.splits.make_split`."""
+    if split is not None:
+        raise DataError("give either split= or train_size=")
+    test = 1.0 - train - validation
+    if not 0 < train < 1 or test < -1e-9:
+        raise DataError(f"train_size={train} and validation_size={validation} must be shares that add up to at most 1")
+    return {"validation": validation, "test": test if test > 1e-9 else 0.0}
+
+
+def warn_without_control(registry: Registry) -> None:
+    """Say early what cannot be done without a control."""
+    if registry.control is None:
+        column = registry.perturbation.column
+        warnings.warn(
+            f"no control was declared for obs[{column!r}]: cells can be generated, but perturbations cannot be ranked. "
+            "Name it with setup_anndata(..., control=...)",
+            UserWarning,
+            stacklevel=3,
+        )

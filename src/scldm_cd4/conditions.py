@@ -14,6 +14,8 @@ from scldm_cd4.registry import Attribute, Registry, suggestion
 
 DEFAULT_N_CELLS = 100
 N_CELLS = "n_cells"
+Row = tuple[tuple[str | None, ...], int]
+"""Labels and number of cells."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def resolve_requests(
     if conditions is None:
         n = DEFAULT_N_CELLS if n_cells is None else as_n_cells(n_cells)
         levels = [_levels(registry, a, given[a.role], a.role in used) for a in registry.attributes]
-        rows = [(labels, n) for labels in product(*levels)]
+        rows: list[Row] = [(labels, n) for labels in product(*levels)]
     else:
         if named := [role for role, value in given.items() if value is not None]:
             raise DataError(f"give either conditions= or labels, not both: {', '.join(named)}")
@@ -147,7 +149,7 @@ def _known(registry: Registry, attribute: Attribute, values: list[Any]) -> list[
     return labels
 
 
-def _from_table(registry: Registry, table: Any, n_cells: Any) -> list[tuple[tuple[str, ...], int]]:
+def _from_table(registry: Registry, table: Any, n_cells: Any) -> list[Row]:
     if not hasattr(table, "columns"):
         raise DataError(f"conditions must be a DataFrame with one condition per row, got {type(table).__name__}")
     if not len(table):
@@ -192,9 +194,9 @@ def _columns(registry: Registry, table: Any) -> dict[str, Any]:
     return found
 
 
-def _number(rows: list[tuple[tuple[str | None, ...], int]]) -> list[Request]:
+def _number(rows: list[Row]) -> list[Request]:
     drawn: dict[tuple[str | None, ...], int] = {}
-    out = []
+    out: list[Request] = []
     for labels, n in rows:
         first = drawn.get(labels, 0)
         drawn[labels] = first + n

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._parallel import in_order, one_thread_each
 from scldm_cd4.conditions import Request, known_label
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
@@ -32,8 +33,6 @@ from scldm_cd4.sampling import (
     Sampling,
     draw,
     given_library,
-    in_order,
-    one_thread_each,
     resolve_library,
     role_columns,
 )

@@ -1,6 +1,5 @@
 """`CD4Model`: set up, train, embed, generate, rank, save. It delegates and computes nothing itself."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scldm_cd4 import embedding
-from scldm_cd4._base import ModelBase, resolve_seed
+from scldm_cd4._base import ModelBase, random_shares, resolve_seed, warn_without_control
 from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
@@ -20,7 +19,6 @@ from scldm_cd4.data.splits import make_split
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
 from scldm_cd4.ranking import rank
-from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import used_roles
 from scldm_cd4.train.runner import recorded_seed
 
@@ -124,9 +122,9 @@ class CD4Model(ModelBase):
             seed = recorded_seed(resume_from)
         seed = resolve_seed(seed)
         if train_size is not None:
-            split = _shares(split, train_size, validation_size)
+            split = random_shares(split, train_size, validation_size)
         cells = CellData.from_adata(self._adata(None))
-        _warn_without_control(self._state.registry)
+        warn_without_control(self._state.registry)
         self._split = make_split(cells, split, validation=validation_size, seed=seed)
         trainer_kwargs.setdefault("progress", settings.progress)
         trainer_kwargs.setdefault("num_workers", settings.num_workers or 0)
@@ -195,7 +193,7 @@ class CD4Model(ModelBase):
         DataError, GeneMismatchError
             The cells cannot be used.
         """
-        vae = self._require("vae").vae
+        vae = self._vae()
         if not give_mean:
             raise DataError("give_mean=False is not supported: the latent of a cell is given by its mean")
         if key_added is not None and (indices is not None or not flatten):
@@ -251,7 +249,7 @@ class CD4Model(ModelBase):
         -------
         Cells x genes, float32.
         """
-        vae = self._require("vae").vae
+        vae = self._vae()
         cells = self._cells(self._adata(adata), allow_missing=allow_missing)
         rows, genes = embedding.as_rows(indices, cells), gene_positions(self._state.registry, gene_list)
         values = embedding.normalized_expression(
@@ -271,7 +269,7 @@ class CD4Model(ModelBase):
         -------
         Nats per cell, summed over genes, float64 (n,).
         """
-        vae = self._require("vae").vae
+        vae = self._vae()
         cells = self._cells(self._adata(adata), allow_missing=allow_missing)
         return embedding.reconstruction_error(vae, cells, embedding.as_rows(indices, cells), batch_size=batch_size)
 
@@ -401,24 +399,4 @@ class CD4Model(ModelBase):
             n_cells=n_cells,
             adata=self.adata,
             workers=settings.num_workers,
-        )
-
-
-def _shares(split: Any, train: float, validation: float) -> dict[str, float]:
-    if split is not None:
-        raise DataError("give either split= or train_size=")
-    test = 1.0 - train - validation
-    if not 0 < train < 1 or test < -1e-9:
-        raise DataError(f"train_size={train} and validation_size={validation} must be shares that add up to at most 1")
-    return {"validation": validation, "test": test if test > 1e-9 else 0.0}
-
-
-def _warn_without_control(registry: Registry) -> None:
-    if registry.control is None:
-        column = registry.perturbation.column
-        warnings.warn(
-            f"no control was declared for obs[{column!r}]: cells can be generated, but perturbations cannot be ranked. "
-            "Name it with setup_anndata(..., control=...)",
-            UserWarning,
-            stacklevel=3,
         )

@@ -107,7 +107,7 @@ def label_columns(
     for position, attribute in enumerate(registry.attributes):
         if attribute.role not in columns:
             continue
-        values = [UNCONDITIONAL if x[position] is None else x[position] for x in labels]
+        values = [UNCONDITIONAL if (x := each[position]) is None else x for each in labels]
         order = [*attribute.levels, *([UNCONDITIONAL] if UNCONDITIONAL not in attribute.levels else [])]
         present = set(values)
         levels = [level for level in order if level in present]

@@ -282,10 +282,12 @@ def _groups(registry: Registry, donor: Any, timepoint: Any) -> list[Group]:
         levels = list(dict.fromkeys(requested_levels(registry, role, None if each else value)))
         sides.append([[level] for level in levels] if each else [levels])
     return [
-        Group(*(x[0] if len(x) == 1 else AVERAGE for x in (donors, times)), tuple(product(donors, times)))
-        for donors in sides[0]
-        for times in sides[1]
+        Group(_title(donors), _title(times), tuple(product(donors, times))) for donors in sides[0] for times in sides[1]
     ]
+
+
+def _title(levels: list[str]) -> str:
+    return levels[0] if len(levels) == 1 else AVERAGE
 
 
 def _spread(group: Group, control: dict[tuple[str, str], Control]) -> Array:

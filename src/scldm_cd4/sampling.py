@@ -7,13 +7,10 @@ padded), that number is a multiple of `ALIGN` so that no row falls into the tail
 unit is computed by one thread, as the split of a loop over threads would depend on their number.
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +19,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._parallel import in_order, one_thread_each
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
 from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
@@ -39,7 +37,6 @@ ALIGN = 64
 TARGET_SUM = 1e4
 PRECISIONS = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 CPU_BATCH, GPU_BATCH = 128, 1024
-A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -350,44 +347,6 @@ def given_library(values: Any, n: int) -> NDArray[np.float64]:
     if not (np.isfinite(library).all() and (library > 0).all()):
         raise DataError("size_factors must be positive and finite")
     return np.array(np.broadcast_to(library, (n,)))
-
-
-@contextmanager
-def one_thread_each(device: torch.device, workers: int | None) -> Iterator[int]:
-    """Give the number of units to compute at once; on a CPU, torch uses one thread for each inside the block.
-
-    Yields
-    ------
-    1 on an accelerator, else `workers` or the threads that torch had.
-    """
-    if device.type != "cpu":
-        yield 1
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield max(1, workers if workers is not None else min(before, os.cpu_count() or 1))
-    finally:
-        torch.set_num_threads(before)
-
-
-def in_order(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
-    """Yield ``function(item)`` in the order of the items, some at a time, without running far ahead."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def draw(

@@ -1,0 +1,51 @@
+"""Work units side by side on one machine, in order and with flat memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@contextmanager
+def one_thread_each(device: torch.device, workers: int | None) -> Iterator[int]:
+    """Give the number of units to compute at once; on a CPU, torch uses one thread for each inside the block.
+
+    Yields
+    ------
+    1 on an accelerator, else `workers` or the threads that torch had.
+    """
+    if device.type != "cpu":
+        yield 1
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(1, workers if workers is not None else min(before, os.cpu_count() or 1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
+    """Yield ``function(item)`` in the order of the items, some at a time, without running far ahead."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
