@@ -41,7 +41,8 @@ class State:
     def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> TrainResult:
         """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
 
-        After a TrainingError, a stage that made some steps has its last good weights; one that made none is as before.
+        After a TrainingError, a model that could generate is as it was before; one that could not has the last good
+        weights of the stages that made some steps.
         """
         vae = self.vae if stage == "flow" and self.vae is not None else self._new_vae(seed)
         start = {k: v.clone() for k, v in vae.state_dict().items()}
@@ -55,10 +56,8 @@ class State:
         try:
             result = fit(vae, new_dit, cells, split, self.config, seed=seed, stage=stage, **options)  # type: ignore[arg-type]
         except TrainingError:
-            if _moved(vae, start):
-                self.vae, self.dit, self.registry = vae.eval(), None, registry
-            if made and any(p.abs().max() > 0 for p in made[-1].final_layer.parameters()):  # starts at zero
-                self.vae, self.dit, self.registry = vae.eval(), made[-1].eval(), registry
+            if self.dit is None:
+                self._take_what_is_good(vae, start, made, registry)
             raise
         if stage in ("both", "vae"):
             self.dit = None
@@ -67,6 +66,12 @@ class State:
         self.history |= result.history
         self._remember(result, split, stage)
         return result
+
+    def _take_what_is_good(self, vae: VAE, start: Mapping[str, Tensor], made: list[DiT], registry: Registry) -> None:
+        if made and any(p.abs().max() > 0 for p in made[-1].final_layer.parameters()):  # it starts at zero
+            self.dit = made[-1].eval()
+        if self.dit is not None or _moved(vae, start):
+            self.vae, self.registry = vae.eval(), registry
 
     def _new_vae(self, seed: int) -> VAE:
         with isolated_rng(seed):

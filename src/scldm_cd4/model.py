@@ -53,10 +53,7 @@ class CD4Model(ModelBase):
     def __init__(self, adata: Any, config: str | ModelConfig = "small", **overrides: Any) -> None:
         self._start(State(resolve_config(config, **overrides), fit_registry(adata)), adata, settings.device)
 
-    @classmethod
-    def setup_anndata(cls, adata: Any, *, perturbation_key: str, **keys: Any) -> None:
-        """Declare what the columns of an AnnData mean; see `scldm_cd4.data.setup.setup_anndata`."""
-        setup_anndata(adata, perturbation_key=perturbation_key, **keys)
+    setup_anndata = staticmethod(setup_anndata)
 
     def train(
         self,
