@@ -75,7 +75,7 @@ class State:
 
     def _new_vae(self, seed: int) -> VAE:
         with isolated_rng(seed):
-            return VAE(self.config.vae, self.registry.n_genes)
+            return VAE(self.config.vae, self.registry.n_genes, self.registry.vocabulary)
 
     def _new_dit(self) -> DiT:
         vae = self.config.vae

@@ -60,6 +60,8 @@ class VAEConfig:
     """0 is the released deterministic autoencoder; above 0 the latent gets a Gaussian posterior."""
     linear_rank: int = 0
     """Rank of a linear path beside encoder and decoder (0: none, as released)."""
+    label_rank: int = 0
+    """Rank of what a cell's labels add to the gene logits directly (0: the decoder sees no labels, as released)."""
 
     @property
     def latent_tokens(self) -> int:
@@ -104,6 +106,9 @@ class StageConfig:
     target_steps: int = 2000
     ema_decay: float = 0.9999
     ema_every: int = 10
+    shown: tuple[float, float] | None = None
+    """Range of the share of a cell's counts that the encoder sees while the decoder is trained on the others, drawn for
+    each cell; None shows it the very counts that the decoder must give, as in the released recipe."""
     genes_per_step: int | None = None
     """Genes decoded per training step (None: all)."""
     theta_lr: float = 1.0

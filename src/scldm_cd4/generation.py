@@ -113,7 +113,7 @@ def counterfactual_cells(
         if sampling.output != "mean":
             streams = (stream(sampling.seed, names[row], "cell", "counts") for row in rows)
             uniforms = np.stack([s.random(registry.n_genes) for s in streams])
-        return Drawn(sampler.express(latent, library, uniforms), library)
+        return Drawn(sampler.express(latent, target[rows], library, uniforms), library)
 
     sink = MemorySink() if out is None else FileSink(out, overwrite=overwrite)
     chunks = (

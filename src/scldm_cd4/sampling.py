@@ -212,7 +212,7 @@ class Sampler:
         uniforms = None
         if self.sampling.output != "mean":
             uniforms = np.concatenate([self._uniforms(s) for s in unit.segments])
-        return Drawn(self.express(latent, library, uniforms), library)
+        return Drawn(self.express(latent, codes, library, uniforms), library)
 
     def codes(self, labels: Sequence[str | None]) -> NDArray[np.int64]:
         """Return the codes (3,) of labels; None gives that of a dropped label."""
@@ -255,13 +255,17 @@ class Sampler:
 
     @torch.inference_mode()
     def express(
-        self, latent: NDArray[np.float32], library: NDArray[np.float64], uniforms: NDArray[np.float64] | None
+        self,
+        latent: NDArray[np.float32],
+        codes: NDArray[np.int64],
+        library: NDArray[np.float64],
+        uniforms: NDArray[np.float64] | None,
     ) -> Any:
-        """Decode latents (n, S, L) at library sizes (n,): means, or counts at uniform numbers (n, n_genes)."""
+        """Decode latents (n, S, L) of labels (n, 3) at library sizes (n,): means, or counts at uniforms (n, n_genes)."""
         parts = []
         for start in range(0, len(latent), ALIGN):
             rows = slice(start, start + ALIGN)
-            mu, theta = self._decode(latent[rows], library[rows])
+            mu, theta = self._decode(latent[rows], codes[rows], library[rows])
             if uniforms is None:
                 parts.append(mu.float().cpu().numpy())
                 continue
@@ -270,13 +274,15 @@ class Sampler:
             parts.append(lognormal(counts) if self.sampling.output == "lognorm" else counts)
         return np.concatenate(parts) if uniforms is None else sparse.vstack(parts, format="csr")
 
-    def _decode(self, latent: NDArray[np.float32], library: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, latent: NDArray[np.float32], codes: NDArray[np.int64], library: NDArray[np.float64]
+    ) -> tuple[Tensor, Tensor]:
         n = len(latent)
         pad = np.concatenate([np.arange(n), np.zeros(ALIGN - n, dtype=np.int64)])
-        z = torch.from_numpy(latent[pad]).to(self.device)
+        z, labels = (torch.from_numpy(values[pad]).to(self.device) for values in (latent, codes))
         total = torch.from_numpy(library[pad, None].astype(np.float32)).to(self.device)
         with self._autocast():
-            mu, theta = self.vae.decode(z, self._genes, total)
+            mu, theta = self.vae.decode(z, self._genes, total, labels)
         return mu[:n], theta[:n] if len(theta) > 1 else theta
 
     def _autocast(self) -> Any:

@@ -3,8 +3,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
 
-from scldm_cd4.train.loaders import CountBatches, EpochSampler, LatentBatches, make_loader
+from scldm_cd4.train.loaders import CountBatches, EpochSampler, LatentBatches, make_loader, split_counts
 
 
 @given(n=st.integers(1, 60), size=st.integers(1, 70), epoch=st.integers(0, 5), seed=st.integers(0, 9))
@@ -53,5 +54,33 @@ def test_worker_processes_started_by_spawn_give_the_same_batches(cells_of):
     own, spawned = ([dict(b) for b in make_loader(data, 5, 0, num_workers=w)] for w in (0, 1))
     assert len(own) == len(spawned) == 2
     for a, b in zip(own, spawned, strict=True):
-        assert a.keys() == b.keys() == {"target", "genes", "counts"}
+        assert a.keys() == b.keys() == {"target", "genes", "counts", "labels"}
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("expressed", [True, False])
+def test_split_counts_show_one_part_and_ask_for_the_other(cells_of, expressed):
+    cells = cells_of(40)
+    data = CountBatches(cells, np.arange(40), expressed=expressed, shown=(0.6, 0.8), seed=1)
+    batch, whole = data[np.arange(40)], torch.from_numpy(cells.counts(np.arange(40)).toarray())
+    seen = batch["counts"]
+    if expressed:
+        assert ((batch["genes"] > 0) == (seen > 0)).all()  # what was not drawn is not even named
+        dense = torch.zeros(40, cells.n_genes + 1).scatter_add_(1, batch["genes"], seen)
+        seen = dense[:, 1:]
+    assert torch.equal(seen + batch["target"], whole)
+    share = seen.sum(1) / whole.sum(1)
+    assert 0.65 < float(share.mean()) < 0.75
+    assert float(share.std()) > 0.03
+    again, other = data[np.arange(40)], data[np.arange(39, -1, -1)]
+    assert torch.equal(again["target"], batch["target"])
+    assert not torch.equal(other["target"].flip(0), batch["target"])
+
+
+def test_the_parts_of_a_poisson_count_are_independent():
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(3.0, (20_000, 1)).astype(np.float32))
+    first, second = split_counts(counts, (0.7, 0.7), rng)
+    r = np.corrcoef(first.toarray()[:, 0], second.toarray()[:, 0])[0, 1]
+    assert abs(r) < 4 / np.sqrt(20_000)
+    assert first.sum() / counts.sum() == pytest.approx(0.7, abs=0.01)

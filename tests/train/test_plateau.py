@@ -10,6 +10,7 @@ from scldm_cd4.data.splits import make_split
 from scldm_cd4.nn import VAE
 from scldm_cd4.train import fit
 from scldm_cd4.train.latents import encode_rows
+from scldm_cd4.train.loaders import CountBatches
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
 
 
@@ -51,9 +52,10 @@ def test_profile_is_the_mean_with_fitted_dispersion(cells_of, job):
     x = torch.from_numpy(cells.counts(rows).toarray())
     torch.testing.assert_close(profile.share, x.sum(0) / x.sum(), rtol=0.02, atol=1e-4)
     vae = job.vae()
-    best = profile.nll(vae, cells, rows)
-    assert replace(profile, theta=profile.theta / 100).nll(vae, cells, rows) > best
-    assert latent_use(vae, cells, rows, best).mean_profile == best
+    data = CountBatches(cells, rows, expressed=True)
+    best = profile.nll(vae, data)
+    assert replace(profile, theta=profile.theta / 100).nll(vae, data) > best
+    assert latent_use(vae, data, best).mean_profile == best
 
 
 def test_latents_are_those_of_single_cells_and_may_lie_in_a_file(job, tmp_path):

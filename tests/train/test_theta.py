@@ -6,6 +6,7 @@ from scldm_cd4.config import VAEConfig
 from scldm_cd4.nn import VAE
 from scldm_cd4.nn.likelihood import nb_log_prob
 from scldm_cd4.train.latents import decode_means, encode_rows
+from scldm_cd4.train.loaders import CountBatches
 from scldm_cd4.train.theta import BOUNDS, fit_theta, moment_theta, refit_theta, set_theta
 
 
@@ -61,5 +62,5 @@ def test_refit_raises_the_likelihood(job):
         return nb_log_prob(x, mu, vae.decoder_head.theta.weight[1:, 0].exp()).sum()
 
     before = likelihood()
-    assert refit_theta(vae, job.cells, rows, np.random.default_rng(0))
+    assert refit_theta(vae, CountBatches(job.cells, rows, expressed=True), np.random.default_rng(0))
     assert likelihood() > before

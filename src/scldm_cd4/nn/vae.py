@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scldm_cd4.config import VAEConfig
+from scldm_cd4.config import ROLES, VAEConfig
 from scldm_cd4.nn.layers import Block, CrossBlock
 from scldm_cd4.nn.likelihood import nb_log_prob, poisson_log_prob
 
 CROSS_PROJECTION_TOKENS = 16
+LABEL_OFFSET_STD = 0.3
 
 
 class CountProjection(nn.Module):
@@ -147,7 +148,8 @@ class LinearPath(nn.Module):
         rank, n_latent = config.linear_rank, config.latent_tokens * config.n_channels
         self.shape = (config.latent_tokens, config.n_channels)
         self.scores = nn.EmbeddingBag(n_genes + 1, rank, mode="sum")
-        self.centre = nn.Parameter(torch.zeros(rank))
+        self.scores.requires_grad_(False)  # a fixed projection: learning it would fit the noise of few cells
+        self.centre = nn.Parameter(torch.zeros(rank), requires_grad=False)
         self.to_latent = nn.Linear(rank, n_latent, bias=False)
         self.from_latent = nn.Linear(n_latent, rank)
         self.loadings = nn.Embedding(n_genes + 1, rank)
@@ -168,6 +170,40 @@ class LinearPath(nn.Module):
         return (self.loadings(genes) @ factors[..., None])[..., 0]
 
 
+class LabelPath(nn.Module):
+    """What donor, time point and perturbation add to the gene logits directly: v_g . (sum of one vector per label).
+
+    The latent of a single cell tells little of a weak effect, which the decoder therefore shrinks; the labels tell it
+    whole. The last row of each table is for a dropped label.
+    """
+
+    def __init__(self, rank: int, n_genes: int, vocabulary: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.offsets = nn.ModuleDict(
+            {role: nn.Embedding(n + 1, rank) for role, n in zip(ROLES, vocabulary, strict=True)}
+        )
+        self.loadings = nn.Embedding(n_genes + 1, rank)
+        for table in self.offsets.values():
+            nn.init.normal_(table.weight, std=LABEL_OFFSET_STD)
+            nn.init.zeros_(table.weight[-1:])
+        nn.init.zeros_(self.loadings.weight)
+
+    def forward(self, labels: Tensor, genes: Tensor) -> Tensor:
+        """Labels (1 or B, 3) and genes (1 or B, W) -> logits (1 or B, W)."""
+        vectors = [self.offsets[role](labels[:, i]) for i, role in enumerate(ROLES)]
+        offset = vectors[0] + vectors[1] + vectors[2]  # (B, R)
+        return (
+            (self.loadings(genes) @ offset[..., None])[..., 0] if len(genes) > 1 else offset @ self.loadings(genes[0]).T
+        )
+
+    @property
+    def unconditional(self) -> Tensor:
+        """Labels (1, 3) of a cell whose labels are all dropped."""
+        return torch.tensor(
+            [[self.offsets[role].num_embeddings - 1 for role in ROLES]], device=self.loadings.weight.device
+        )
+
+
 class CountHead(nn.Module):
     """Gene vectors to the mean and dispersion of the counts."""
 
@@ -185,6 +221,12 @@ class CountHead(nn.Module):
             if config.gene_bias:
                 self.gene_bias = nn.Embedding(n_genes + 1, 1)
                 nn.init.zeros_(self.gene_bias.weight)
+
+    def dispersion(self) -> Tensor:
+        """Inverse dispersions (G,) of the table; only with a table per gene."""
+        if self.kind == "decoupled":
+            return F.softplus(self.theta_embed.weight[1:, 0]) + 1e-5
+        return torch.exp(self.theta.weight[1:, 0])
 
     def forward(self, h: Tensor, genes: Tensor, library: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors (B, W, E), genes (1 or B, W), library (B, 1) and further logits (B, W) -> mu (B, W), theta.
@@ -213,9 +255,16 @@ class VAE(nn.Module):
         Sizes and variants.
     n_genes
         Genes of the panel.
+    vocabulary
+        Number of donors, time points and perturbations; needed with ``label_rank`` only.
+
+    Raises
+    ------
+    ValueError
+        ``label_rank`` without `vocabulary`.
     """
 
-    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+    def __init__(self, config: VAEConfig, n_genes: int, vocabulary: tuple[int, int, int] | None = None) -> None:
         super().__init__()
         self.config, self.n_genes = config, n_genes
         self.input_layer = InputLayer(config, n_genes)
@@ -224,6 +273,12 @@ class VAE(nn.Module):
         self.decoder_head = CountHead(config, n_genes)
         if config.linear_rank:
             self.linear_path = LinearPath(config, n_genes)
+        if config.label_rank:
+            if vocabulary is None:
+                raise ValueError(
+                    "label_rank needs the vocabulary: the numbers of donors, time points and perturbations"
+                )
+            self.label_path = LabelPath(config.label_rank, n_genes, vocabulary)
 
     def encoder_tokens(self, counts: Tensor, genes: Tensor) -> Tensor:
         """Map counts (B, W) of genes (B, W) to tokens before the latent projection (B, S, E)."""
@@ -255,7 +310,7 @@ class VAE(nn.Module):
         shift = self.linear_path.encode(counts, genes) if self.config.linear_rank else None
         return self.encoder.project(x, shift)
 
-    def decode(self, z: Tensor, genes: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, z: Tensor, genes: Tensor, library: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and dispersion of the counts.
 
         Parameters
@@ -266,6 +321,8 @@ class VAE(nn.Module):
             (W,), the same genes for all cells, or (B, W).
         library
             Total counts over the given genes (B, 1).
+        labels
+            (B, 3), used with ``label_rank`` only; None drops them all.
 
         Returns
         -------
@@ -274,14 +331,18 @@ class VAE(nn.Module):
         genes = genes[None] if genes.ndim == 1 else genes
         table = self.input_layer.gene_embedding if self.config.shared_embedding else self.decoder.gene_embedding
         h = self.decoder(z, table(genes))
-        return self.decoder_head(h, genes, library, self._linear_logits(z, genes))
+        return self.decoder_head(h, genes, library, self._direct_logits(z, genes, labels))
 
-    def _linear_logits(self, z: Tensor, genes: Tensor) -> Tensor | None:
-        if not self.config.linear_rank:
-            return None
-        if self.config.projection == "mlp":
-            z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)  # as the decoder does
-        return self.linear_path.logits(z, genes)
+    def _direct_logits(self, z: Tensor, genes: Tensor, labels: Tensor | None) -> Tensor | None:
+        parts = []
+        if self.config.linear_rank:
+            if self.config.projection == "mlp":
+                z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)  # as the decoder does
+            parts.append(self.linear_path.logits(z, genes))
+        if self.config.label_rank:
+            path = self.label_path
+            parts.append(path(path.unconditional if labels is None else labels, genes))
+        return sum(parts[1:], parts[0]) if parts else None
 
     def log_prob(self, counts: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         """Log-likelihood of counts (B, W), element by element, in nats."""

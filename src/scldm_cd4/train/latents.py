@@ -23,18 +23,18 @@ def inference_batch_size(n_genes: int) -> int:
 
 def encoder_input(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return counts and genes (B, W) of a batch, as the encoder takes them."""
+    counts = batch.get("counts", batch["target"])
     if "genes" in batch:
-        return batch["counts"], batch["genes"]
-    target = batch["target"]
-    return target, torch.arange(1, vae.n_genes + 1, device=target.device).expand(len(target), -1)
+        return counts, batch["genes"]
+    return counts, torch.arange(1, vae.n_genes + 1, device=counts.device).expand(len(counts), -1)
 
 
-def _chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
+def chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """Positions 0 to n - 1, `size` at a time."""
     for start in range(0, n, size):
         yield np.arange(start, min(n, start + size))
 
 
-@torch.no_grad()
 def encode_rows(
     vae: VAE,
     cells: CellData,
@@ -44,12 +44,32 @@ def encode_rows(
     max_bytes: int | None = None,
     path: str | Path | None = None,
 ) -> Tensor:
-    """Encode cells in batches on the device of the network.
+    """Encode cells by all their counts; see `encode`.
 
     Parameters
     ----------
     rows
         Rows of `cells`, in the order of the result.
+    """
+    data = CountBatches(cells, rows, expressed=vae.config.encode == "expressed")
+    return encode(vae, data, batch_size=batch_size, max_bytes=max_bytes, path=path)
+
+
+@torch.no_grad()
+def encode(
+    vae: VAE,
+    data: CountBatches,
+    *,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+    path: str | Path | None = None,
+) -> Tensor:
+    """Encode cells in batches on the device of the network.
+
+    Parameters
+    ----------
+    data
+        The cells, in the order of the result.
     batch_size
         Cells at a time; None goes by the number of genes.
     max_bytes, path
@@ -64,7 +84,7 @@ def encode_rows(
     ValueError
         The result is larger than `max_bytes` and there is no `path`.
     """
-    shape = (len(rows), vae.config.latent_tokens, vae.config.n_channels)
+    shape = (len(data), vae.config.latent_tokens, vae.config.n_channels)
     if max_bytes is not None and 4 * int(np.prod(shape)) > max_bytes:
         if path is None:
             raise ValueError(f"latents of shape {shape} take more than max_bytes={max_bytes}: give a path for a file")
@@ -72,10 +92,9 @@ def encode_rows(
     else:
         out = torch.empty(shape)
     device = next(vae.parameters()).device
-    data = CountBatches(cells, rows, expressed=vae.config.encode == "expressed")
     training = vae.training
     vae.eval()
-    for index in _chunks(len(rows), batch_size or inference_batch_size(vae.n_genes)):
+    for index in chunks(len(data), batch_size or inference_batch_size(vae.n_genes)):
         batch = {name: value.to(device) for name, value in data[index].items()}
         out[index[0] : index[-1] + 1] = vae.encode(*encoder_input(vae, batch)).float().cpu()
     vae.train(training)
@@ -83,12 +102,12 @@ def encode_rows(
 
 
 @torch.no_grad()
-def decode_means(vae: VAE, latents: Tensor, library: Tensor) -> Tensor:
-    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), in batches."""
+def decode_means(vae: VAE, latents: Tensor, library: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1) under labels (n, 3), in batches."""
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
-    out = [
-        vae.decode(latents[index].to(device), genes, library[index].to(device))[0].float().cpu()
-        for index in map(torch.from_numpy, _chunks(len(latents), inference_batch_size(vae.n_genes)))
-    ]
+    out = []
+    for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes))):
+        own = None if labels is None else labels[index].to(device)
+        out.append(vae.decode(latents[index].to(device), genes, library[index].to(device), own)[0].float().cpu())
     return torch.cat(out)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -18,7 +19,7 @@ Batch = dict[str, Tensor]
 
 
 class EpochSampler(Sampler[NDArray[np.int64]]):
-    """All positions in a new order each epoch, in batches of nearly equal size.
+    """All positions in a new order each epoch, in batches of nearly equal size; without seed in order, in full batches.
 
     The order depends on the seed and the epoch alone. An epoch has ``ceil(n / batch_size)`` batches for each process.
 
@@ -55,7 +56,39 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
         if self.seed is not None:
             order = np.random.default_rng(key_seed(self.seed, self.epoch)).permutation(self.n)
         own = np.resize(order, self._per_process * self.world)[self.rank :: self.world]
-        yield from np.array_split(own, len(self))[start:]
+        batches = np.array_split(own, len(self))
+        if self.seed is None:
+            batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+        yield from batches[start:]
+
+
+def split_counts(
+    csr: sparse.csr_matrix, shares: tuple[float, float], generator: np.random.Generator
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Split counts in two by chance: each molecule goes to the first part with a probability drawn for its cell.
+
+    Parts of a Poisson count are independent given its rate, so that what one part tells of the other is the rate and
+    nothing of the counting noise (binomial count splitting; Batson et al. 2019, 10.1101/786269).
+
+    Parameters
+    ----------
+    csr
+        Whole numbers (n, G).
+    shares
+        Range of the probabilities, uniform over cells.
+
+    Returns
+    -------
+    The two parts, which add up to `csr`.
+    """
+    share = generator.uniform(*shares, size=csr.shape[0])
+    first = generator.binomial(csr.data.astype(np.int64), np.repeat(share, np.diff(csr.indptr)))
+    parts = []
+    for data in (first, csr.data - first):
+        part = sparse.csr_matrix((data.astype(np.float32), csr.indices, csr.indptr), shape=csr.shape, copy=True)
+        part.eliminate_zeros()
+        parts.append(part)
+    return parts[0], parts[1]
 
 
 class CountBatches(Dataset[Batch]):
@@ -68,21 +101,46 @@ class CountBatches(Dataset[Batch]):
     rows
         Rows of `cells` that take part.
     expressed
-        Also give the genes with a count and their counts, padded with gene 0, for the encoder.
+        Give the encoder the genes with a count and their counts, padded with gene 0, instead of all genes.
+    shown
+        Range of the share of counts that the encoder sees, the target being the rest; None: both are all counts.
+    seed
+        Of the shares; equal positions are split alike.
     """
 
-    def __init__(self, cells: CellData, rows: NDArray[np.int64], *, expressed: bool) -> None:
+    def __init__(
+        self,
+        cells: CellData,
+        rows: NDArray[np.int64],
+        *,
+        expressed: bool,
+        shown: tuple[float, float] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.cells, self.rows, self.expressed = cells, np.asarray(rows), expressed
+        self.shown, self.seed = shown, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, positions: NDArray[np.int64]) -> "CountBatches":
+        """Return the cells at these positions alone."""
+        rows = self.rows[positions]
+        return CountBatches(self.cells, rows, expressed=self.expressed, shown=self.shown, seed=self.seed)
+
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        csr = self.cells.counts(self.rows[positions])
-        batch = {"target": torch.from_numpy(csr.toarray())}  # (B, G)
+        seen = target = self.cells.counts(self.rows[positions])
+        if self.shown is not None:
+            generator = np.random.default_rng([self.seed, *map(int, positions)])
+            seen, target = split_counts(seen, self.shown, generator)
+        batch = {"target": torch.from_numpy(target.toarray())}  # (B, G)
         if self.expressed:
-            genes, counts = expressed_batch(csr)
+            genes, counts = expressed_batch(seen)
             batch |= {"genes": torch.as_tensor(genes), "counts": torch.as_tensor(counts)}  # (B, W)
+        elif self.shown is not None:
+            batch["counts"] = torch.from_numpy(seen.toarray())  # (B, G)
+        if self.cells.labels is not None:
+            batch["labels"] = torch.from_numpy(self.cells.labels[self.rows[positions]])  # (B, 3)
         return batch
 
 

@@ -192,23 +192,30 @@ class _Job:
             with isolated_rng(key_seed(self.seed, 12)):
                 initialise_from_data(vae, self.cells, rows, generator)
         profile = Profile.fit(self.cells, rows, np.random.default_rng(key_seed(self.seed, 13)))
-        compared = self.held_out if len(self.held_out) else rows[:MAX_VALIDATION]
-        mean_profile = profile.nll(vae, self.cells, compared)
-        expressed = vae.config.encode == "expressed"
+
+        def batches(rows: NDArray[np.int64], key: int) -> CountBatches:
+            expressed = vae.config.encode == "expressed"
+            return CountBatches(
+                self.cells, rows, expressed=expressed, shown=config.shown, seed=key_seed(self.seed, key)
+            )
+
+        held_out = batches(self.held_out, 16) if len(self.held_out) else None
+        compared = held_out or batches(rows[:MAX_VALIDATION], 16)
+        mean_profile = profile.nll(vae, compared)
         result = self._stage(
             "vae",
             VAEPlan(vae, config, key_seed(self.seed, 14)),
-            CountBatches(self.cells, rows, expressed=expressed),
-            CountBatches(self.cells, self.held_out, expressed=expressed) if len(self.held_out) else None,
+            batches(rows, 17),
+            held_out,
             validation_batch_size=inference_batch_size(vae.n_genes),
             constants={"mean_profile_nll": mean_profile},
         )
         if config.refit_theta:
             generator = np.random.default_rng(key_seed(self.seed, 15))
-            self.result.theta_refitted = refit_theta(vae, self.cells, rows, generator)
+            self.result.theta_refitted = refit_theta(vae, batches(rows, 18), generator, held_out)
         if result.interrupted:
             return
-        self.result.latent_use = use = latent_use(vae, self.cells, compared, mean_profile)
+        self.result.latent_use = use = latent_use(vae, compared, mean_profile)
         if use.ignored:
             self.result.notes.append(use.warning())
             warnings.warn(use.warning(), UserWarning, stacklevel=4)

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import decode_means, encode_rows
+from scldm_cd4.train.latents import chunks, decode_means, encode, inference_batch_size
+from scldm_cd4.train.loaders import CountBatches
 
 BOUNDS = (1e-3, 1e4)
 """Range of fitted dispersions; the upper end is Poisson for all that matters."""
@@ -88,16 +88,55 @@ def sample_rows(rows: NDArray[np.int64], n_genes: int, generator: np.random.Gene
     return np.sort(generator.choice(rows, n, replace=False))
 
 
-def refit_theta(vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator) -> bool:
+def refit_theta(
+    vae: VAE, data: CountBatches, generator: np.random.Generator, held_out: CountBatches | None = None
+) -> bool:
     """Fit the table of dispersions to the means that the trained networks give for a sample of the training cells.
+
+    Parameters
+    ----------
+    data
+        Training cells.
+    generator
+        Draws the sample.
+    held_out
+        Cells not trained on; dispersions that make them less likely are not taken, as where few cells were learned by
+        heart.
 
     Returns
     -------
-    False where the head has no such table.
+    False where the head has no such table or the new one was not taken.
     """
-    if not (hasattr(vae.decoder_head, "theta") or hasattr(vae.decoder_head, "theta_embed")):
+    head: Any = vae.decoder_head
+    table = getattr(head, "theta", getattr(head, "theta_embed", None))
+    if table is None:
         return False
-    rows = sample_rows(rows, vae.n_genes, generator)
-    x = torch.from_numpy(cells.counts(rows).toarray())
-    mu = decode_means(vae, encode_rows(vae, cells, rows), x.sum(1, keepdim=True))
-    return set_theta(vae, fit_theta(x, mu))
+    x, mu = _targets_and_means(vae, data.take(sample_rows(np.arange(len(data)), vae.n_genes, generator)))
+    before = table.weight.detach().clone()
+    set_theta(vae, fit_theta(x, mu))
+    if held_out is not None:
+        x, mu = _targets_and_means(vae, held_out.take(sample_rows(np.arange(len(held_out)), vae.n_genes, generator)))
+        after = table.weight.detach().clone()
+        new = _log_likelihood(vae, x, mu)
+        with torch.no_grad():
+            table.weight.copy_(before)
+        if _log_likelihood(vae, x, mu) > new:
+            return False
+        with torch.no_grad():
+            table.weight.copy_(after)
+    return True
+
+
+@torch.no_grad()
+def _log_likelihood(vae: VAE, x: Tensor, mu: Tensor) -> float:
+    head: Any = vae.decoder_head
+    return float(vae.log_prob(x, mu, head.dispersion()).sum(dtype=torch.float64))
+
+
+def _targets_and_means(vae: VAE, data: CountBatches) -> tuple[Tensor, Tensor]:
+    size = inference_batch_size(vae.n_genes)
+    latents = encode(vae, data, batch_size=size)
+    batches = [data[index] for index in chunks(len(data), size)]
+    x = torch.cat([batch["target"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches]) if "labels" in batches[0] else None
+    return x, decode_means(vae, latents, x.sum(1, keepdim=True), labels)
