@@ -125,7 +125,8 @@ def counterfactual_cells(
         dropped = [role for role in ROLES if role not in sampler.used]
         obs = describe_counterfactuals(registry, cells.obs_names, source, target, dropped, sizes)
         uns = provenance(trained, sampling, "cells" if size_factors is None else size_factors)
-        return sink.finish(obs, _var(trained, sampling, positions), uns | {"counterfactual": True})
+        uns["scldm_cd4"]["counterfactual"] = True
+        return sink.finish(obs, _var(trained, sampling, positions), uns)
     except BaseException:
         sink.abort()
         raise
