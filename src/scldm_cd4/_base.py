@@ -231,8 +231,10 @@ class ModelBase:
             raise DataError("this model was loaded without cells: pass adata=")
         return adata
 
-    def _cells(self, adata: Any, *, allow_missing: bool = False) -> CellData:
-        return CellData.from_adata(adata, self._state.registry, labels=False, allow_missing=allow_missing)
+    def _cells(self, adata: Any, *, decoded: bool = False, allow_missing: bool = False) -> CellData:
+        """Return aligned cells; with labels only where they are to be decoded and the decoder takes labels."""
+        labels = decoded and self.config.vae.label_rank > 0
+        return CellData.from_adata(adata, self._state.registry, labels=labels, allow_missing=allow_missing)
 
 
 def resolve_seed(seed: int | None) -> int:

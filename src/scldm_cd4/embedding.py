@@ -87,7 +87,7 @@ def reconstruction_error(
 
 
 def _decoded(vae: VAE, cells: CellData, rows: NDArray[np.int64], batch_size: int | None) -> Any:
-    """Yield counts, means and dispersions of cells in batches."""
+    """Yield counts, means and dispersions of cells in batches; labels are used where `cells` has them."""
     size = batch_size or inference_batch_size(vae.n_genes)
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
@@ -95,5 +95,6 @@ def _decoded(vae: VAE, cells: CellData, rows: NDArray[np.int64], batch_size: int
         index = rows[start : start + size]
         z = encode_rows(vae, cells, index, batch_size=size).to(device)
         x = torch.from_numpy(cells.counts(index).toarray()).to(device)
-        mu, theta = vae.decode(z, genes, x.sum(1, keepdim=True))
+        labels = None if cells.labels is None else torch.from_numpy(cells.labels[index]).to(device)
+        mu, theta = vae.decode(z, genes, x.sum(1, keepdim=True), labels)
         yield x, mu, theta

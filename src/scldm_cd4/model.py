@@ -247,7 +247,7 @@ class CD4Model(ModelBase):
         Cells x genes, float32.
         """
         vae = self._vae()
-        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
+        cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
         rows, genes = embedding.as_rows(indices, cells), gene_positions(self._state.registry, gene_list)
         values = embedding.normalized_expression(
             vae, cells, rows, library_size=library_size, genes=genes, batch_size=batch_size
@@ -267,7 +267,7 @@ class CD4Model(ModelBase):
         Nats per cell, summed over genes, float64 (n,).
         """
         vae = self._vae()
-        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
+        cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
         return embedding.reconstruction_error(vae, cells, embedding.as_rows(indices, cells), batch_size=batch_size)
 
     def generate(
