@@ -28,7 +28,7 @@ STEPS = {"vae": 800, "flow": 1500}
 """Training steps on simulated cells, where the preset has more; it takes minutes and reaches the truth."""
 BLOCKS, MAX_PER_CONDITION = 4, 400
 """Generated cells per held-out cell, and the most of one condition."""
-N_RANKED = 50
+N_RANKED = 30
 """Generated cells per perturbation and context in the ranking."""
 MAX_DRAWN = 1200
 """Cells of each kind in the figure."""

@@ -10,7 +10,7 @@ import pandas as pd
 from scldm_cd4.cli._scores import MEASURES
 
 SIMULATED = "SIMULATED"
-NOTICE = "SIMULATED cells: no figure below says anything about real cells."
+NOTICE = "SIMULATED cells: nothing below says anything about real cells."
 
 
 @dataclass
