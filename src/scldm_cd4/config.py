@@ -61,7 +61,8 @@ class VAEConfig:
     linear_rank: int = 0
     """Rank of a linear path beside encoder and decoder (0: none, as released)."""
     label_rank: int = 0
-    """Rank of what a cell's labels add to the gene logits directly (0: the decoder sees no labels, as released)."""
+    """Rank of the mean effects of labels that the latents leave untold and that are added to the gene logits
+    (0: the decoder sees no labels, as released)."""
 
     @property
     def latent_tokens(self) -> int:

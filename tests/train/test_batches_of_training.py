@@ -54,7 +54,15 @@ def test_worker_processes_started_by_spawn_give_the_same_batches(cells_of):
     own, spawned = ([dict(b) for b in make_loader(data, 5, 0, num_workers=w)] for w in (0, 1))
     assert len(own) == len(spawned) == 2
     for a, b in zip(own, spawned, strict=True):
-        assert a.keys() == b.keys() == {"target", "genes", "counts", "labels"}
+        assert (
+            a.keys()
+            == b.keys()
+            == {
+                "target",
+                "genes",
+                "counts",
+            }
+        )
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -12,7 +12,7 @@ from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.setup import setup_anndata
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.initialise import PRIOR_CELLS, initialise_from_data, label_effects, principal_components
+from scldm_cd4.train.initialise import initialise_from_data, principal_components
 
 N_GENES = 60
 
@@ -86,59 +86,3 @@ def test_cells_without_structure_and_networks_without_linear_path_are_fine(two_p
     plain = initialised(two_programmes, VAEConfig(width=32, n_tokens=4, n_channels=4, n_layers=1))
     assert not hasattr(plain, "linear_path")
     assert len(plain.decoder_head.theta.weight[1:].unique()) > 10
-
-
-def labelled_cells(n: int, share_in_second: float) -> CellData:
-    """Two donors, donor d1 with gene 0 doubled; perturbation b halves gene 1 and is more frequent in donor d1."""
-    rng = np.random.default_rng(0)
-    donor = rng.random(n) < 0.5
-    perturbed = rng.random(n) < np.where(donor, share_in_second, 1 - share_in_second)
-    mean = np.full((n, 10), 20.0)
-    mean[donor, 0] *= 2
-    mean[perturbed, 1] /= 2
-    adata = ad.AnnData(
-        sparse.csr_matrix(rng.poisson(mean).astype(np.float32)),
-        obs=pd.DataFrame(
-            {"p": np.where(perturbed, "b", "a"), "d": np.where(donor, "d1", "d0")}, index=[f"c{i}" for i in range(n)]
-        ),
-        var=pd.DataFrame(index=[f"g{i}" for i in range(10)]),
-    )
-    setup_anndata(adata, perturbation_key="p", donor_key="d", control="a")
-    return CellData.from_adata(adata)
-
-
-def test_an_effect_of_the_donor_is_not_taken_for_one_of_a_perturbation_frequent_in_it() -> None:
-    cells = labelled_cells(4000, share_in_second=0.8)
-    donor, timepoint, perturbation = label_effects(cells, np.arange(4000))
-    assert timepoint.shape == (1, 10)
-    np.testing.assert_allclose(timepoint, 0.0, atol=1e-6)
-    difference = perturbation[1] - perturbation[0]
-    assert difference[1] == pytest.approx(np.log(0.5), abs=0.1)
-    assert abs(difference[0]) < 0.1  # the ratio of the means over all donors is ln(1.8 / 1.2) = 0.41
-    assert (donor[1] - donor[0])[0] == pytest.approx(np.log(2), abs=0.15)
-
-
-def test_effects_of_few_cells_start_shrunk() -> None:
-    many, few = (label_effects(labelled_cells(n, 0.5), np.arange(n))[2] for n in (4000, PRIOR_CELLS))
-    assert abs(few[1, 1] - few[0, 1]) < 0.7 * abs(many[1, 1] - many[0, 1])
-
-
-def test_the_fresh_decoder_knows_the_effects_of_the_labels() -> None:
-    cells = labelled_cells(2000, 0.5)
-    config = VAEConfig(width=32, n_tokens=4, n_channels=4, n_layers=1, linear_rank=4, label_rank=8)
-    torch.manual_seed(0)
-    vae = VAE(config, cells.n_genes, cells.registry.vocabulary).eval()
-    initialise_from_data(vae, cells, np.arange(2000), np.random.default_rng(0))
-    labels = torch.tensor([[0, 0, 0], [0, 0, 1], [2, 1, 2]])
-    with torch.no_grad():
-        z = torch.randn(1, 4, 4).expand(3, -1, -1)
-        mu, _ = vae.decode(z, torch.arange(1, 11), torch.ones(3, 1), labels)
-        dropped, _ = vae.decode(z[:1], torch.arange(1, 11), torch.ones(1, 1))
-    log_fold = torch.log(mu[1] / mu[0])
-    assert float(log_fold[1] - log_fold[2:].mean()) == pytest.approx(np.log(0.5), abs=0.1)
-    torch.testing.assert_close(mu[2], dropped[0])
-
-
-def test_labels_in_the_decoder_need_a_vocabulary() -> None:
-    with pytest.raises(ValueError, match="vocabulary"):
-        VAE(VAEConfig(width=32, n_tokens=4, n_channels=4, n_layers=1, label_rank=8), 10)

@@ -12,7 +12,6 @@ from scldm_cd4.nn.layers import Block, CrossBlock
 from scldm_cd4.nn.likelihood import nb_log_prob, poisson_log_prob
 
 CROSS_PROJECTION_TOKENS = 16
-LABEL_OFFSET_STD = 0.3
 
 
 class CountProjection(nn.Module):
@@ -170,38 +169,31 @@ class LinearPath(nn.Module):
         return (self.loadings(genes) @ factors[..., None])[..., 0]
 
 
-class LabelPath(nn.Module):
-    """What donor, time point and perturbation add to the gene logits directly: v_g . (sum of one vector per label).
+class LabelEffects(nn.Module):
+    """What donor, time point and perturbation add to the gene logits: v_g . (sum of one vector per label).
 
-    The latent of a single cell tells little of a weak effect, which the decoder therefore shrinks; the labels tell it
-    whole. The last row of each table is for a dropped label.
+    The latent of a single cell tells little of a weak effect, which a decoder therefore shrinks. Here stands, fixed after
+    training, what the latents leave untold of the mean of each label (see `train.effects`). The last row of each table
+    is for a dropped label and adds nothing.
     """
 
     def __init__(self, rank: int, n_genes: int, vocabulary: tuple[int, int, int]) -> None:
         super().__init__()
-        self.offsets = nn.ModuleDict(
+        self.vectors = nn.ModuleDict(
             {role: nn.Embedding(n + 1, rank) for role, n in zip(ROLES, vocabulary, strict=True)}
         )
         self.loadings = nn.Embedding(n_genes + 1, rank)
-        for table in self.offsets.values():
-            nn.init.normal_(table.weight, std=LABEL_OFFSET_STD)
-            nn.init.zeros_(table.weight[-1:])
-        nn.init.zeros_(self.loadings.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
 
     def forward(self, labels: Tensor, genes: Tensor) -> Tensor:
-        """Labels (1 or B, 3) and genes (1 or B, W) -> logits (1 or B, W)."""
-        vectors = [self.offsets[role](labels[:, i]) for i, role in enumerate(ROLES)]
-        offset = vectors[0] + vectors[1] + vectors[2]  # (B, R)
-        return (
-            (self.loadings(genes) @ offset[..., None])[..., 0] if len(genes) > 1 else offset @ self.loadings(genes[0]).T
-        )
-
-    @property
-    def unconditional(self) -> Tensor:
-        """Labels (1, 3) of a cell whose labels are all dropped."""
-        return torch.tensor(
-            [[self.offsets[role].num_embeddings - 1 for role in ROLES]], device=self.loadings.weight.device
-        )
+        """Labels (B, 3) and genes (1 or B, W) -> logits (B, W)."""
+        vectors = [self.vectors[role](labels[:, i]) for i, role in enumerate(ROLES)]
+        effect = vectors[0] + vectors[1] + vectors[2]  # (B, R)
+        if len(genes) == 1:
+            return effect @ self.loadings(genes[0]).T
+        return (self.loadings(genes) @ effect[..., None])[..., 0]
 
 
 class CountHead(nn.Module):
@@ -278,7 +270,7 @@ class VAE(nn.Module):
                 raise ValueError(
                     "label_rank needs the vocabulary: the numbers of donors, time points and perturbations"
                 )
-            self.label_path = LabelPath(config.label_rank, n_genes, vocabulary)
+            self.label_effects = LabelEffects(config.label_rank, n_genes, vocabulary)
 
     def encoder_tokens(self, counts: Tensor, genes: Tensor) -> Tensor:
         """Map counts (B, W) of genes (B, W) to tokens before the latent projection (B, S, E)."""
@@ -322,7 +314,7 @@ class VAE(nn.Module):
         library
             Total counts over the given genes (B, 1).
         labels
-            (B, 3), used with ``label_rank`` only; None drops them all.
+            (B, 3), used with ``label_rank`` only; None adds no effects of labels.
 
         Returns
         -------
@@ -339,9 +331,8 @@ class VAE(nn.Module):
             if self.config.projection == "mlp":
                 z = F.layer_norm(z, z.shape[-1:], eps=self.config.norm_eps)  # as the decoder does
             parts.append(self.linear_path.logits(z, genes))
-        if self.config.label_rank:
-            path = self.label_path
-            parts.append(path(path.unconditional if labels is None else labels, genes))
+        if self.config.label_rank and labels is not None:
+            parts.append(self.label_effects(labels, genes))
         return sum(parts[1:], parts[0]) if parts else None
 
     def log_prob(self, counts: Tensor, mu: Tensor, theta: Tensor) -> Tensor:

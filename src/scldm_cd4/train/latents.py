@@ -102,12 +102,12 @@ def encode(
 
 
 @torch.no_grad()
-def decode_means(vae: VAE, latents: Tensor, library: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1) under labels (n, 3), in batches."""
+def decode_means(vae: VAE, latents: Tensor, library: Tensor) -> Tensor:
+    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), without effects of labels, in batches."""
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
-    out = []
-    for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes))):
-        own = None if labels is None else labels[index].to(device)
-        out.append(vae.decode(latents[index].to(device), genes, library[index].to(device), own)[0].float().cpu())
+    out = [
+        vae.decode(latents[index].to(device), genes, library[index].to(device))[0].float().cpu()
+        for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes)))
+    ]
     return torch.cat(out)

@@ -139,8 +139,6 @@ class CountBatches(Dataset[Batch]):
             batch |= {"genes": torch.as_tensor(genes), "counts": torch.as_tensor(counts)}  # (B, W)
         elif self.shown is not None:
             batch["counts"] = torch.from_numpy(seen.toarray())  # (B, G)
-        if self.cells.labels is not None:
-            batch["labels"] = torch.from_numpy(self.cells.labels[self.rows[positions]])  # (B, 3)
         return batch
 
 

@@ -19,8 +19,6 @@ from scldm_cd4.train.rng import key_seed, keyed_generator
 from scldm_cd4.train.schedules import wsd_schedule
 
 RELEASED_EMA_START = 10_000
-P_DROP_LABELS = 0.1
-"""Share of cells whose labels the decoder is not shown in training, so that it also works without."""
 
 
 class Mean:
@@ -182,21 +180,17 @@ class VAEPlan(StagePlan):
             divergence = self.vae.config.kl_weight * kl * (width / n_genes)
         else:
             z = self.vae.encode(*encoder_input(self.vae, batch))
-        labels = batch.get("labels")
-        if self.vae.config.label_rank and labels is not None:
-            dropped = self.vae.label_path.unconditional[0]
-            labels = drop_labels(labels, dropped, strategy="joint", p=P_DROP_LABELS, generator=generator)
-        loss = self._nll(z, genes, target, labels) + divergence
+        loss = self._nll(z, genes, target) + divergence
         return loss, loss * (n_genes / width)
 
     def held_out_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Negative log-likelihood of all genes from the (mean) latent."""
         target = batch["target"]
         z = self.vae.encode(*encoder_input(self.vae, batch))
-        return self._nll(z, torch.arange(self.vae.n_genes, device=target.device), target, batch.get("labels"))
+        return self._nll(z, torch.arange(self.vae.n_genes, device=target.device), target)
 
-    def _nll(self, z: Tensor, genes: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        mu, theta = self.vae.decode(z, genes + 1, target.sum(1, keepdim=True), labels)
+    def _nll(self, z: Tensor, genes: Tensor, target: Tensor) -> Tensor:
+        mu, theta = self.vae.decode(z, genes + 1, target.sum(1, keepdim=True))
         return -self.vae.log_prob(target, mu, theta.float()).sum(1).mean()
 
 

@@ -78,12 +78,9 @@ def latent_use(vae: VAE, data: CountBatches, mean_profile: float) -> LatentUse:
     genes = torch.arange(1, vae.n_genes + 1, device=device)
     totals = [0.0, 0.0]
     for index in chunks(len(data), size):
-        batch = {name: value.to(device) for name, value in data[index].items()}
-        x = batch["target"]
+        x = data[index]["target"].to(device)
         for i, latent in enumerate((z, other)):
-            mu, theta = vae.decode(
-                latent[torch.from_numpy(index)].to(device), genes, x.sum(1, keepdim=True), batch.get("labels")
-            )
+            mu, theta = vae.decode(latent[torch.from_numpy(index)].to(device), genes, x.sum(1, keepdim=True))
             totals[i] -= float(vae.log_prob(x, mu, theta).double().sum())
     min_gain = MIN_GAIN if data.shown is None else MIN_GAIN_SPLIT
     return LatentUse(totals[0] / len(data), totals[1] / len(data), mean_profile, min_gain)

@@ -20,6 +20,7 @@ from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.checkpoint_io import read_state, write_json, write_state
+from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
 from scldm_cd4.train.latents import encode_rows, inference_batch_size
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
@@ -213,6 +214,9 @@ class _Job:
         if config.refit_theta:
             generator = np.random.default_rng(key_seed(self.seed, 15))
             self.result.theta_refitted = refit_theta(vae, batches(rows, 18), generator, held_out)
+        if vae.config.label_rank and self.cells.labels is not None:
+            known = np.sort(np.concatenate([rows, self.split.validation]))
+            set_label_effects(vae, self.cells, known, np.random.default_rng(key_seed(self.seed, 19)))
         if result.interrupted:
             return
         self.result.latent_use = use = latent_use(vae, compared, mean_profile)

@@ -136,7 +136,5 @@ def _log_likelihood(vae: VAE, x: Tensor, mu: Tensor) -> float:
 def _targets_and_means(vae: VAE, data: CountBatches) -> tuple[Tensor, Tensor]:
     size = inference_batch_size(vae.n_genes)
     latents = encode(vae, data, batch_size=size)
-    batches = [data[index] for index in chunks(len(data), size)]
-    x = torch.cat([batch["target"] for batch in batches])
-    labels = torch.cat([batch["labels"] for batch in batches]) if "labels" in batches[0] else None
-    return x, decode_means(vae, latents, x.sum(1, keepdim=True), labels)
+    x = torch.cat([data[index]["target"] for index in chunks(len(data), size)])
+    return x, decode_means(vae, latents, x.sum(1, keepdim=True))
