@@ -1,6 +1,7 @@
 """Generated and counterfactual cells as AnnData."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ def generate_cells(
     sampler = Sampler(trained.vae, trained.dit, registry, sampling)
     sink = MemorySink() if out is None else FileSink(out, overwrite=overwrite)
     try:
-        sizes = collect(draw(sampler, requests, library, workers), sink, positions)
+        with closing(draw(sampler, requests, library, workers)) as drawn:
+            sizes = collect(drawn, sink, positions)
         obs = describe_cells(registry, requests, sizes)
         return sink.finish(obs, _var(trained, sampling, positions), provenance(trained, sampling, size_factors))
     except BaseException:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -134,21 +135,21 @@ def rank(
     )
     resolve_library(registry, [], None)
     controls = [Request((*context, registry.control), 2 * n_cells) for context in contexts]
-    control = {
-        context: Control.of(cells)
-        for context, cells in zip(contexts, by_request(draw(sampler, controls, None, workers), controls), strict=True)
-    }
+    with closing(draw(sampler, controls, None, workers)) as drawn:
+        summaries = [Control.of(cells) for cells in by_request(drawn, controls)]
+    control = dict(zip(contexts, summaries, strict=True))
     chance = [_chance(group, control, wanted, sampling.seed) for group in groups]
     requests = [Request((*context, name), n_cells) for name in names for context in contexts]
-    cells = by_request(draw(sampler, requests, None, workers), requests)
     rows = []
-    for name in names:
-        folds = {context: fold_sums(next(cells), FOLDS) for context in contexts}
-        keep = ~target_genes(registry, name)
-        rows += [
-            _row(registry, name, group, folds, control, wanted, keep, null)
-            for group, null in zip(groups, chance, strict=True)
-        ]
+    with closing(draw(sampler, requests, None, workers)) as drawn:
+        cells = by_request(drawn, requests)
+        for name in names:
+            folds = {context: fold_sums(next(cells), FOLDS) for context in contexts}
+            keep = ~target_genes(registry, name)
+            rows += [
+                _row(registry, name, group, folds, control, wanted, keep, null)
+                for group, null in zip(groups, chance, strict=True)
+            ]
     table = _ranked(pd.DataFrame(rows), 1.0 if direction == "toward" else -1.0)
     table.insert(len(table.columns), "n_cells", n_cells)
     table.attrs = _attrs(trained, sampling, wanted, direction, groups)

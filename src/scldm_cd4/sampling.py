@@ -7,7 +7,7 @@ padded), that number is a multiple of `ALIGN` so that no row falls into the tail
 unit is computed by one thread, as the split of a loop over threads would depend on their number.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -261,7 +261,7 @@ class Sampler:
         library: NDArray[np.float64],
         uniforms: NDArray[np.float64] | None,
     ) -> Any:
-        """Decode latents (n, S, L) of labels (n, 3) at library sizes (n,): means, or counts at uniforms (n, n_genes)."""
+        """Decode latents (n, S, L) of labels (n, 3) at library sizes (n,): means, or counts at uniforms (n, G)."""
         parts = []
         for start in range(0, len(latent), ALIGN):
             rows = slice(start, start + ALIGN)
@@ -357,8 +357,8 @@ def given_library(values: Any, n: int) -> NDArray[np.float64]:
 
 def draw(
     sampler: Sampler, requests: Sequence[Request], library: NDArray[np.float64] | None, workers: int | None = None
-) -> Iterator[Drawn]:
-    """Yield the cells of requests in order, unit by unit."""
+) -> Generator[Drawn]:
+    """Yield the cells of requests in order, unit by unit; close it to give torch its threads back."""
 
     def run(unit: WorkUnit) -> Drawn:
         rows = slice(unit.first, unit.first + len(unit))

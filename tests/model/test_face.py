@@ -173,11 +173,11 @@ def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any) -
 # ---------------------------------------------------------------------------------------------------- save and load
 
 
-def test_saved_model_generates_the_same_without_cells(trained: Any, tmp_path: Path) -> None:
+def test_p9_saved_model_generates_the_same_without_cells(trained: Any, tmp_path: Path) -> None:
     folder = tmp_path / "my model"
     trained.save(folder)
     again = CD4Model.load(folder)
-    assert again.adata is None  # P9: the file with the cells is not needed again
+    assert again.adata is None
     first, second = (m.generate(n_cells=5, seed=0) for m in (trained, again))
     assert (first.X != second.X).nnz == 0
     pd.testing.assert_frame_equal(first.obs, second.obs)

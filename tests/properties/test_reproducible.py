@@ -88,6 +88,27 @@ def test_d2_another_batch_size_gives_equal_latents(trained: Any, batch_size: int
     np.testing.assert_allclose(a.X, b.X, atol=1e-5)
 
 
+def test_torch_gets_its_threads_back(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    def fail(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        signature = pd.Series(np.arange(50.0), index=trained._state.registry.genes)
+        trained.rank_perturbations(signature, n_cells=20, seed=0)
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(Sampler, "express", fail)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            trained.generate("NTC", n_cells=1)
+        assert kept.value.__traceback__ is not None
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_more_cells_than_a_block(trained: Any) -> None:
     ask = {"perturbation": "NTC", "donor": "CE0008162", "timepoint": "Rest", "seed": 5, "output": "latent"}
     many = trained.generate(**ask, n_cells=2 * BLOCK + 30).X

@@ -176,3 +176,24 @@ def test_perturbation_and_control_share_their_noise(trained: Any) -> None:
     paired = np.corrcoef(drawn[0].values.toarray().ravel(), drawn[1].values.toarray().ravel())[0, 1]
     shuffled = np.corrcoef(drawn[0].values.toarray().ravel(), drawn[1].values.toarray()[::-1].ravel())[0, 1]
     assert paired > shuffled
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The decoder makes little use")
+def test_known_regulators_come_out_on_their_side() -> None:
+    from scldm_cd4 import CD4Model, datasets
+
+    adata = datasets.synthetic_cd4(2000, 120, n_perturbations=6, n_donors=2, n_timepoints=2, seed=0)
+    CD4Model.setup_anndata(
+        adata, perturbation_key="perturbation", donor_key="donor_id", timepoint_key="timepoint", control="NTC"
+    )
+    model = CD4Model(adata, "tiny")
+    model.train(seed=0, max_epochs={"vae": 20, "flow": 40})
+    table = model.rank_perturbations(adata.var["true_th1_axis"], timepoint="Stim8hr", n_cells=100, seed=0)
+    table = table.set_index("perturbation")
+    toward = table.loc[["STAT6", "GATA3"]]  # their loss leads toward Th1
+    away = table.loc[["IFNGR1", "JAK2"]]
+    none = table.loc[["NKTR", "NELFCD"]]
+    assert (toward["score"] > toward["chance_hi"]).all()
+    assert (away["score"] < away["chance_lo"]).all()
+    assert none["score"].between(none["chance_lo"], none["chance_hi"]).all()

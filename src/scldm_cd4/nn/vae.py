@@ -172,9 +172,9 @@ class LinearPath(nn.Module):
 class LabelEffects(nn.Module):
     """What donor, time point and perturbation add to the gene logits: v_g . (sum of one vector per label).
 
-    The latent of a single cell tells little of a weak effect, which a decoder therefore shrinks. Here stands, fixed after
-    training, what the latents leave untold of the mean of each label (see `train.effects`). The last row of each table
-    is for a dropped label and adds nothing.
+    The latent of a single cell tells little of a weak effect, which a decoder therefore shrinks. Here stands, fixed
+    after training, what the latents leave untold of the mean of each label (see `train.effects`). The last row of each
+    table is for a dropped label and adds nothing.
     """
 
     def __init__(self, rank: int, n_genes: int, vocabulary: tuple[int, int, int]) -> None:

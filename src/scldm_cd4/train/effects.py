@@ -5,6 +5,8 @@ cells of a perturbation lie too near to the control. Their mean over all trainin
 separates it from the decoded mean is estimated once, after training, and added to the gene logits.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -88,7 +90,7 @@ def _log_ratios(
     factors: FloatArray | None = None,
     context: NDArray[np.int64] | None = None,
 ) -> FloatArray:
-    """ln((o + k) / (e + k)) of each code (n, G); decoded means are first multiplied by the `factors` of their context."""
+    """Return ln((o + k) / (e + k)) of each code (n, G); decoded means are multiplied by `factors` of their context."""
     observed, expected = np.zeros((n, cells.n_genes)), np.zeros((n, cells.n_genes))
     for index in chunks(len(rows), inference_batch_size(cells.n_genes)):
         counts = cells.counts(rows[index])
@@ -105,5 +107,5 @@ def _log_ratios(
 
 
 @torch.no_grad()
-def _write(table: torch.nn.Embedding, rows: slice, values: FloatArray) -> None:
+def _write(table: Any, rows: slice, values: FloatArray) -> None:
     table.weight[rows, : values.shape[1]] = torch.from_numpy(values).to(table.weight)
