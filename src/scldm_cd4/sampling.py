@@ -357,7 +357,7 @@ def given_library(values: Any, n: int) -> NDArray[np.float64]:
 
 def draw(
     sampler: Sampler, requests: Sequence[Request], library: NDArray[np.float64] | None, workers: int | None = None
-) -> Generator[Drawn]:
+) -> Generator[Drawn, None, None]:
     """Yield the cells of requests in order, unit by unit; close it to give torch its threads back."""
 
     def run(unit: WorkUnit) -> Drawn:
