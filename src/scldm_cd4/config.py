@@ -110,6 +110,8 @@ class StageConfig:
     shown: tuple[float, float] | None = None
     """Range of the share of a cell's counts that the encoder sees while the decoder is trained on the others, drawn for
     each cell; None shows it the very counts that the decoder must give, as in the released recipe."""
+    shown_whole: float = 0.0
+    """Share of cells that `shown` leaves whole: seen and asked for alike."""
     genes_per_step: int | None = None
     """Genes decoded per training step (None: all)."""
     theta_lr: float = 1.0
@@ -215,17 +217,19 @@ _SMALL_VAE = VAEConfig(
     mask_padding=True,
     encode="expressed",
     linear_rank=32,
+    label_rank=32,
 )
 _SMALL_FLOW = FlowConfig(width=128, n_layers=4, n_heads=4, norm_eps=1e-6, label_std=0.5)
 _SMALL_TRAIN_VAE = StageConfig(
-    lr=2e-3,
+    lr=1.5e-3,
     warmup=0.05,
     final_lr=0.05,
-    target_steps=2000,
-    ema_decay=0.998,
-    ema_every=1,
-    genes_per_step=256,
-    theta_lr=30.0,
+    batch_size=64,
+    target_steps=1500,
+    shown=(0.5, 0.9),
+    shown_whole=0.5,
+    genes_per_step=128,
+    theta_lr=3.0,
     refit_theta=True,
     data_init=True,
 )
@@ -235,6 +239,7 @@ _SMALL_TRAIN_FLOW = StageConfig(
     clip_norm=1.0,
     warmup=0.05,
     final_lr=0.05,
+    batch_size=64,
     target_steps=2500,
     ema_decay=0.998,
     ema_every=1,
@@ -244,7 +249,7 @@ PRESETS = {
     "tiny": ModelConfig(
         vae=replace(_SMALL_VAE, n_tokens=8, n_layers=1),
         flow=replace(_SMALL_FLOW, width=64, n_layers=2),
-        train_vae=replace(_SMALL_TRAIN_VAE, target_steps=200, genes_per_step=128),
+        train_vae=replace(_SMALL_TRAIN_VAE, target_steps=200),
         train_flow=replace(_SMALL_TRAIN_FLOW, target_steps=300),
     ),
     "small": ModelConfig(_SMALL_VAE, _SMALL_FLOW, _SMALL_TRAIN_VAE, _SMALL_TRAIN_FLOW),

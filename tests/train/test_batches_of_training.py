@@ -92,3 +92,12 @@ def test_the_parts_of_a_poisson_count_are_independent():
     r = np.corrcoef(first.toarray()[:, 0], second.toarray()[:, 0])[0, 1]
     assert abs(r) < 4 / np.sqrt(20_000)
     assert first.sum() / counts.sum() == pytest.approx(0.7, abs=0.01)
+
+
+def test_some_cells_may_stay_whole():
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(3.0, (1_000, 20)).astype(np.float32))
+    seen, asked = (part.toarray() for part in split_counts(counts, (0.5, 0.5), rng, whole=0.25))
+    whole = (seen == asked).all(1) & (seen == counts.toarray()).all(1)
+    assert 0.2 < whole.mean() < 0.3
+    assert (seen + asked == counts.toarray())[~whole].all()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
 
 
 def split_counts(
-    csr: sparse.csr_matrix, shares: tuple[float, float], generator: np.random.Generator
+    csr: sparse.csr_matrix, shares: tuple[float, float], generator: np.random.Generator, whole: float = 0.0
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split counts in two by chance: each molecule goes to the first part with a probability drawn for its cell.
 
@@ -76,15 +77,19 @@ def split_counts(
         Whole numbers (n, G).
     shares
         Range of the probabilities, uniform over cells.
+    whole
+        Share of cells that are not split but given twice.
 
     Returns
     -------
-    The two parts, which add up to `csr`.
+    The two parts, which add up to `csr` where cells are split.
     """
+    n_values = np.diff(csr.indptr)
     share = generator.uniform(*shares, size=csr.shape[0])
-    first = generator.binomial(csr.data.astype(np.int64), np.repeat(share, np.diff(csr.indptr)))
+    first = generator.binomial(csr.data.astype(np.int64), np.repeat(share, n_values))
+    twice = np.repeat(generator.random(csr.shape[0]) < whole, n_values)
     parts = []
-    for data in (first, csr.data - first):
+    for data in (np.where(twice, csr.data, first), np.where(twice, csr.data, csr.data - first)):
         part = sparse.csr_matrix((data.astype(np.float32), csr.indices, csr.indptr), shape=csr.shape, copy=True)
         part.eliminate_zeros()
         parts.append(part)
@@ -104,6 +109,8 @@ class CountBatches(Dataset[Batch]):
         Give the encoder the genes with a count and their counts, padded with gene 0, instead of all genes.
     shown
         Range of the share of counts that the encoder sees, the target being the rest; None: both are all counts.
+    shown_whole
+        Share of cells for which both are all counts nevertheless.
     seed
         Of the shares; equal positions are split alike.
     """
@@ -115,24 +122,26 @@ class CountBatches(Dataset[Batch]):
         *,
         expressed: bool,
         shown: tuple[float, float] | None = None,
+        shown_whole: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.cells, self.rows, self.expressed = cells, np.asarray(rows), expressed
-        self.shown, self.seed = shown, seed
+        self.shown, self.shown_whole, self.seed = shown, shown_whole, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, positions: NDArray[np.int64]) -> "CountBatches":
         """Return the cells at these positions alone."""
-        rows = self.rows[positions]
-        return CountBatches(self.cells, rows, expressed=self.expressed, shown=self.shown, seed=self.seed)
+        chosen = copy(self)
+        chosen.rows = self.rows[positions]
+        return chosen
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         seen = target = self.cells.counts(self.rows[positions])
         if self.shown is not None:
             generator = np.random.default_rng([self.seed, *map(int, positions)])
-            seen, target = split_counts(seen, self.shown, generator)
+            seen, target = split_counts(seen, self.shown, generator, self.shown_whole)
         batch = {"target": torch.from_numpy(target.toarray())}  # (B, G)
         if self.expressed:
             genes, counts = expressed_batch(seen)

@@ -195,9 +195,13 @@ class _Job:
         profile = Profile.fit(self.cells, rows, np.random.default_rng(key_seed(self.seed, 13)))
 
         def batches(rows: NDArray[np.int64], key: int) -> CountBatches:
-            expressed = vae.config.encode == "expressed"
             return CountBatches(
-                self.cells, rows, expressed=expressed, shown=config.shown, seed=key_seed(self.seed, key)
+                self.cells,
+                rows,
+                expressed=vae.config.encode == "expressed",
+                shown=config.shown,
+                shown_whole=config.shown_whole,
+                seed=key_seed(self.seed, key),
             )
 
         held_out = batches(self.held_out, 16) if len(self.held_out) else None
