@@ -82,8 +82,10 @@ class State:
         return DiT(self.config.flow, vae.latent_tokens, vae.n_channels, self.registry.vocabulary)
 
     def _remember(self, result: TrainResult, split: Split, stage: str) -> None:
-        facts = {"seed": result.seed, "notes": result.notes, "interrupted": result.interrupted, "split": split.spec}
+        facts = {"seed": result.seed, "interrupted": result.interrupted, "split": split.spec}
         for name in result.history:
+            other = "flow:" if name == "vae" else "vae:"
+            facts["notes"] = [note for note in result.notes if not note.startswith(other)]
             numbers = {k: getattr(result, k).get(name) for k in ("seconds", "batch_size", "n_steps")}
             self.record[name] = facts | {k: v for k, v in numbers.items() if v is not None}
 
