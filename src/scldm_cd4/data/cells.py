@@ -11,7 +11,15 @@ from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
-from scldm_cd4.data.setup import SETUP_KEY, fit_registry, gene_ids, read_declaration, read_library, refuse_empty_cells
+from scldm_cd4.data.setup import (
+    SETUP_KEY,
+    fit_registry,
+    gene_ids,
+    read_declaration,
+    read_library,
+    refuse_empty_cells,
+    require_anndata,
+)
 from scldm_cd4.registry import Registry
 
 MAX_MISSING = 0.5
@@ -96,7 +104,7 @@ class CellData:
         """Check cells and align them to a model.
 
         Columns and layer are those that `setup_anndata` declared for `adata`; where it was not called, those of
-        `registry`.
+        `registry`, and ``X`` where the model's layer is absent (as in generated cells).
 
         Parameters
         ----------
@@ -119,6 +127,7 @@ class CellData:
         UnknownCategoryError
             A label is unknown to `registry`.
         """
+        require_anndata(adata)
         if adata.n_obs == 0:
             raise DataError("the AnnData has no cells")
         registry = registry or fit_registry(adata)
@@ -230,9 +239,8 @@ def _keys(adata: Any, registry: Registry) -> dict[str, str | None]:
     own = {f"{role}_key": attribute.column for role, attribute in zip(ROLES, registry.attributes, strict=True)}
     own |= {name: getattr(registry, name) for name in ("layer", "size_factor_key", "gene_id_key")}
     if SETUP_KEY not in adata.uns:
-        if own["gene_id_key"] not in adata.var.columns:
-            own["gene_id_key"] = None
-        return own
+        there = {"layer": adata.layers, "size_factor_key": adata.obs, "gene_id_key": adata.var}
+        return own | {name: None for name, table in there.items() if own[name] not in table}
     declared = read_declaration(adata)
     for role in ROLES:
         declared[f"{role}_key"] = declared[f"{role}_key"] or own[f"{role}_key"]
@@ -262,7 +270,7 @@ def _align(
     n_found = registry.n_genes - len(missing)
     report = AlignmentReport(registry.n_genes, n_found, len(ids) - n_found, missing)
     if missing and (not allow_missing or len(missing) > MAX_MISSING * registry.n_genes):
-        remedy = _other_names(adata, registry)
+        remedy = _other_names(adata, registry, n_found)
         if not remedy:
             remedy = (
                 f" At most {MAX_MISSING:.0%} may be missing; give data with more of the model's genes."
@@ -273,9 +281,9 @@ def _align(
     return target, report
 
 
-def _other_names(adata: Any, registry: Registry) -> str:
-    """Return a sentence about other names by which at least half of the genes fit, or an empty string."""
-    enough = MAX_MISSING * registry.n_genes
+def _other_names(adata: Any, registry: Registry, n_found: int) -> str:
+    """Return a sentence about names by which at least half of the genes and more than now fit, or an empty string."""
+    enough = max(MAX_MISSING * registry.n_genes, n_found + 1)
     genes = set(registry.genes)
     for name in adata.var.columns[~adata.var.columns.duplicated()]:
         if len(genes.intersection(map(str, adata.var[name]))) >= enough:

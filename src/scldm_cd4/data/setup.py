@@ -1,6 +1,7 @@
 """Declare what the columns of an AnnData mean, and read genes and vocabularies from one."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def setup_anndata(
         A column or layer is missing, a label is missing, the control is no level, gene identifiers are not unique, a
         value is no raw count, a cell has no counts or above a million, or there are fewer than 2 cells or 1 gene.
     """
+    require_anndata(adata)
     if adata.n_obs < 2 or adata.n_vars < 1:
         raise DataError(f"at least 2 cells and 1 gene are needed, the AnnData has {adata.n_obs} x {adata.n_vars}")
     keys = dict(zip(ROLES, (donor_key, timepoint_key, perturbation_key), strict=True))
@@ -87,6 +89,7 @@ def read_declaration(adata: Any) -> dict[str, str | None]:
     DataError
         There is no declaration, or one of a newer version.
     """
+    require_anndata(adata)
     found = adata.uns.get(SETUP_KEY)
     if found is None:
         raise DataError(
@@ -99,6 +102,15 @@ def read_declaration(adata: Any) -> dict[str, str | None]:
             f"{SCHEMA_VERSION}; call CD4Model.setup_anndata again"
         )
     return {name: str(found[name]) if name in found else None for name in _KEYS}
+
+
+def require_anndata(adata: Any) -> None:
+    """Raise DataError for what is no AnnData, such as the name of a file."""
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        hint = f": read the file first, anndata.read_h5ad({str(adata)!r})" if isinstance(adata, str | Path) else ""
+        raise DataError(f"an AnnData is needed, got {type(adata).__name__}{hint}")
 
 
 def fit_registry(adata: Any) -> Registry:
