@@ -103,8 +103,9 @@ class StageConfig:
     """Learning rate at the end, as a share of `lr` (cosine decay)."""
     batch_size: int = 128
     max_epochs: int | None = None
-    """None: from the number of cells, so that about `target_steps` are made."""
+    """None: from the number of cells, so that about `target_steps` are made in at most `epoch_limit` epochs."""
     target_steps: int = 2000
+    epoch_limit: int = 200
     ema_decay: float = 0.9999
     ema_every: int = 10
     shown: tuple[float, float] | None = None
@@ -113,7 +114,7 @@ class StageConfig:
     shown_whole: float = 0.0
     """Share of cells that `shown` leaves whole: seen and asked for alike."""
     genes_per_step: int | None = None
-    """Genes decoded per training step (None: all)."""
+    """Genes decoded per training step, more where the panel is above 16 times that (None: all)."""
     theta_lr: float = 1.0
     """Factor on the learning rate of the dispersion table, which then has no weight decay."""
     refit_theta: bool = False
@@ -226,6 +227,7 @@ _SMALL_TRAIN_VAE = StageConfig(
     final_lr=0.05,
     batch_size=64,
     target_steps=1500,
+    epoch_limit=50,
     shown=(0.5, 0.9),
     shown_whole=0.5,
     genes_per_step=128,
@@ -241,6 +243,7 @@ _SMALL_TRAIN_FLOW = StageConfig(
     final_lr=0.05,
     batch_size=64,
     target_steps=2500,
+    epoch_limit=100,
     ema_decay=0.998,
     ema_every=1,
 )

@@ -19,6 +19,8 @@ from scldm_cd4.train.rng import key_seed, keyed_generator
 from scldm_cd4.train.schedules import wsd_schedule
 
 RELEASED_EMA_START = 10_000
+MAX_PANEL_RATIO = 16
+"""The panel over the genes decoded per step, at the most: fewer counts than that tell little of a cell."""
 
 
 class Mean:
@@ -166,7 +168,9 @@ class VAEPlan(StagePlan):
     def step_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss of a random subset of the genes, and the same scaled to the panel."""
         target, n_genes = batch["target"], self.vae.n_genes
-        width = min(self.config.genes_per_step or n_genes, n_genes)
+        width = n_genes
+        if self.config.genes_per_step is not None:
+            width = min(max(self.config.genes_per_step, n_genes // MAX_PANEL_RATIO), n_genes)
         genes = torch.arange(n_genes, device=target.device)
         if width < n_genes:
             genes = torch.randperm(n_genes, generator=generator, device=generator.device)[:width]

@@ -56,10 +56,10 @@ class StageResult:
 
 
 def n_epochs(config: StageConfig, n: int, batch_size: int, max_epochs: int | None = None) -> int:
-    """Epochs of a stage on `n` cells: those asked for, those of the configuration, or as `target_steps` needs."""
+    """Epochs of a stage on `n` cells: those asked for, those of the configuration, or as `target_steps` needs within limits."""
     chosen = max_epochs if max_epochs is not None else config.max_epochs
     if chosen is None:
-        return math.ceil(config.target_steps / math.ceil(n / batch_size))
+        return min(config.epoch_limit, math.ceil(config.target_steps / math.ceil(n / batch_size)))
     if chosen < 1:
         raise DataError(f"max_epochs must be at least 1, got {chosen}")
     return chosen
