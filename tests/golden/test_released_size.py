@@ -79,7 +79,7 @@ def test_norms_divide_by_the_released_epsilon(networks):
 
 
 def test_padding_changes_nothing_and_a_cell_without_genes_is_finite():
-    vae = VAE(PRESETS["tiny"].vae, 9).eval()
+    vae = VAE(PRESETS["tiny"].vae, 9, (2, 1, 3)).eval()
     genes = torch.tensor([[2, 5, 7], [4, 0, 0], [0, 0, 0]])
     counts = torch.tensor([[3.0, 1.0, 8.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     with torch.no_grad():

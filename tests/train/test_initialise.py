@@ -37,7 +37,7 @@ def two_programmes() -> CellData:
 
 def initialised(cells: CellData, config: VAEConfig, seed: int = 0) -> VAE:
     torch.manual_seed(seed)
-    vae = VAE(config, cells.n_genes).eval()
+    vae = VAE(config, cells.n_genes, cells.registry.vocabulary).eval()
     initialise_from_data(vae, cells, np.arange(cells.n_cells), np.random.default_rng(seed))
     return vae
 

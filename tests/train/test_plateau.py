@@ -25,12 +25,18 @@ def test_a_decoder_that_ignores_the_latent_is_reported(cells_of, job):
 
 def test_a_trained_decoder_passes_without_a_word(cells_of, job):
     config = PRESETS["tiny"]
-    config = replace(config, train_vae=replace(config.train_vae, target_steps=60, batch_size=32))
+    config = replace(config, train_vae=replace(config.train_vae, target_steps=60, batch_size=32, epoch_limit=1000))
     cells = cells_of(96)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = fit(
-            VAE(config.vae, cells.n_genes), job.dit, cells, make_split(cells, seed=0), config, seed=0, stage="vae"
+            VAE(config.vae, cells.n_genes, cells.registry.vocabulary),
+            job.dit,
+            cells,
+            make_split(cells, seed=0),
+            config,
+            seed=0,
+            stage="vae",
         )
     use = result.latent_use
     assert use.nll < use.mean_profile
