@@ -101,7 +101,11 @@ def _decode(registry: Registry, codes: NDArray[np.int64], dropped: Sequence[str]
 def label_columns(
     registry: Registry, labels: Sequence[tuple[str | None, ...]], numbers: NDArray[np.int64]
 ) -> dict[str, pd.Categorical]:
-    """Return the user's columns as categoricals, with the levels that occur in the model's order."""
+    """Return the user's columns as categoricals, with the levels that occur in the model's order.
+
+    The categories are of the kind of the user's column, so that `anndata.concat` with the user's cells can be written;
+    a column with `UNCONDITIONAL` has strings.
+    """
     out = {}
     columns = role_columns(registry)
     for position, attribute in enumerate(registry.attributes):
@@ -113,7 +117,8 @@ def label_columns(
         levels = [level for level in order if level in present]
         code = {level: i for i, level in enumerate(levels)}
         codes = np.repeat(np.array([code[v] for v in values], dtype=np.int64), numbers)
-        out[columns[attribute.role]] = pd.Categorical.from_codes(codes, levels)
+        categories = levels if None in {each[position] for each in labels} else attribute.values(levels)
+        out[columns[attribute.role]] = pd.Categorical.from_codes(codes, categories)
     return out
 
 

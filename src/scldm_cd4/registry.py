@@ -1,6 +1,6 @@
 """What a model knows of its data: genes, condition labels, library sizes and training cells; to and from JSON."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +13,13 @@ from scldm_cd4.size_factors import SizeFactors
 
 LISTED = 12
 """Vocabularies up to this size are written out in error messages."""
+KINDS: dict[str, Callable[[str], Any]] = {
+    "string": str,
+    "int": int,
+    "float": float,
+    "bool": {"True": True, "False": False}.__getitem__,
+}
+"""Kinds of values that a label column can hold, and how a label is read as one."""
 
 
 def near_matches(name: object, known: Iterable[str]) -> list[str]:
@@ -46,11 +53,21 @@ class Attribute:
     column: str | None
     """The column of ``obs``; None when the data have no such column, then ``all`` is the single level."""
     levels: tuple[str, ...]
+    kind: str = "string"
+    """What the column holds, one of `KINDS`; generated cells have values of this kind."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise DataError(f"unknown role {self.role!r}; roles: {ROLES}")
         _check_names(self.levels, f"the {self.role} levels")
+        if self.kind not in KINDS:
+            raise DataError(f"unknown kind {self.kind!r} of the {self.role} labels; kinds: {', '.join(KINDS)}")
+        try:
+            distinct = len(set(self.values(self.levels)))
+        except (KeyError, ValueError) as error:
+            raise DataError(f"the {self.role} levels are not all of kind {self.kind!r}: {error}") from error
+        if distinct < len(self):
+            raise DataError(f"the {self.role} levels are not unique as values of kind {self.kind!r}")
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -93,6 +110,10 @@ class Attribute:
                 f"{self.role} codes are 0..{len(self.levels) - 1}, got {index.min()}..{index.max()}"
             )
         return np.array(self.levels, dtype=object)[index]
+
+    def values(self, labels: Iterable[str]) -> list[Any]:
+        """Return labels as the values that stand in the user's column."""
+        return [KINDS[self.kind](label) for label in labels]
 
     def _unknown(self, label: object) -> str:
         where = f" (column {self.column!r})" if self.column is not None else ""
@@ -210,7 +231,7 @@ class Registry:
         """Return nested plain values that JSON can hold; labels are keys of their own, never joined."""
         out: dict[str, Any] = {"genes": list(self.genes)}
         for attribute in self.attributes:
-            out[attribute.role] = {"column": attribute.column, "levels": list(attribute.levels)}
+            out[attribute.role] = {"column": attribute.column, "levels": list(attribute.levels), "kind": attribute.kind}
         out["control"] = self.control
         out["var"] = {name: list(values) for name, values in self.var.items()}
         out |= {name: getattr(self, name) for name in ("gene_id_key", "layer", "size_factor_key")}
@@ -241,9 +262,10 @@ def _parse(cls: type[Registry], values: Mapping[str, Any]) -> dict[str, Any]:
     out["genes"] = _strings(values["genes"], "genes")
     for role in ROLES:
         part = values[role]
-        if set(part) != {"column", "levels"}:
-            raise ValueError(f"{role!r} needs 'column' and 'levels', has {sorted(part)}")
-        out[role] = Attribute(role, _optional(part["column"], role), _strings(part["levels"], role))
+        if set(part) - {"kind"} != {"column", "levels"}:  # early models have no kind
+            raise ValueError(f"{role!r} needs 'column', 'levels' and 'kind', has {sorted(part)}")
+        column, levels = _optional(part["column"], role), _strings(part["levels"], role)
+        out[role] = Attribute(role, column, levels, part.get("kind", "string"))
     for name in ("control", "gene_id_key", "layer", "size_factor_key"):
         out[name] = _optional(values[name], name)
     out["var"] = {name: _strings(column, name) for name, column in values["var"].items()}

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from scldm_cd4 import CD4Model
 from scldm_cd4._errors import DataError, GeneMismatchError, UnknownCategoryError
+from scldm_cd4.data.labels import as_label
 
 KEYS = {"perturbation_key": "perturbation", "donor_key": "donor_id", "timepoint_key": "timepoint", "control": "NTC"}
 UNTRAINED_ENOUGH = pytest.mark.filterwarnings("ignore:The decoder makes little use of the latent")
@@ -61,7 +62,7 @@ def test_labels_of_any_dtype_go_round(simulated: Any, quick: Any, dtype: str) ->
     model.train(seed=0, max_epochs=1)
     value = adata.obs["batch"].iloc[0]
     cells = model.generate("NTC", value, n_cells=2, seed=0)
-    same = model.generate("NTC", str(cells.obs["batch"].iloc[0]), n_cells=2, seed=0)
+    same = model.generate("NTC", as_label(value), n_cells=2, seed=0)
     assert (cells.X != same.X).nnz == 0
     assert np.isfinite(model.get_reconstruction_error(ad.concat([adata, cells], index_unique="-"))).all()
 

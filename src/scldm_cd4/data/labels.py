@@ -1,5 +1,6 @@
 """Label columns of any dtype as strings."""
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ def as_label(value: Any) -> str:
 
     Strings stay as they are (also ``"1.0"``); truth values give ``"True"`` and ``"False"``; whole numbers, floats among
     them, give their digits (``1`` and ``1.0`` give ``"1"``); other floats their shortest exact decimal (``"0.5"``);
-    bytes are decoded as UTF-8; anything else gives ``str(value)``.
+    bytes are decoded as UTF-8; dates give ``"2024-05-01"``, with the time of day where there is one
+    (``"2024-05-01 12:30:00"``); anything else gives ``str(value)``.
     """
     if isinstance(value, str):
         return str(value)
@@ -21,7 +23,24 @@ def as_label(value: Any) -> str:
         return value.decode()
     if isinstance(value, float | np.floating):
         return np.format_float_positional(value, unique=True, trim="-")
+    if isinstance(value, datetime.date | np.datetime64):
+        import pandas as pd
+
+        return str(pd.Timestamp(value)).removesuffix(" 00:00:00")
+    if isinstance(value, datetime.timedelta | np.timedelta64):
+        import pandas as pd
+
+        return str(pd.Timedelta(value))
     return str(value)
+
+
+def label_kind(column: Any) -> str:
+    """Return what a label column holds, one of `scldm_cd4.registry.KINDS`; the dtype may be object or categorical."""
+    import pandas as pd
+
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    found = pd.api.types.infer_dtype(values, skipna=True)
+    return {"integer": "int", "floating": "float", "boolean": "bool"}.get(found, "string")
 
 
 def get_column(table: Any, key: Any, what: str, *, table_name: str = "obs") -> Any:
@@ -74,7 +93,7 @@ def read_labels(obs: Any, key: Any, what: str) -> tuple[np.ndarray, tuple[str, .
     Raises
     ------
     DataError
-        The column is missing or holds missing, empty or unusable labels.
+        The column is missing or holds missing, empty (also nothing but blanks) or unusable labels.
     """
     import pandas as pd
 
@@ -84,7 +103,7 @@ def read_labels(obs: Any, key: Any, what: str) -> tuple[np.ndarray, tuple[str, .
         names = [as_label(value) for value in np.asarray(values)]
     except (TypeError, UnicodeDecodeError) as error:
         raise DataError(f"obs[{key!r}] ({what}) holds values that cannot be labels: {error}") from error
-    is_empty = np.array([*(not name for name in names), True])  # the last one is for code -1: missing
+    is_empty = np.array([*(not name.strip() for name in names), True])  # the last one is for code -1: missing
     if n_missing := int(is_empty[codes].sum()):
         raise DataError(
             f"obs[{key!r}] ({what}) is missing or empty in {n_missing} of {len(codes)} cells. Drop them, "

@@ -8,7 +8,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.config import ROLES
-from scldm_cd4.data.labels import as_label, get_column, read_labels
+from scldm_cd4.data.labels import as_label, get_column, label_kind, read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
 from scldm_cd4.registry import Attribute, Registry, suggestion
 
@@ -35,7 +35,9 @@ def setup_anndata(
     """Check an AnnData of raw counts and declare what its columns mean.
 
     Every value of the count matrix is looked at, in a stream. Labels of any dtype are read as strings: whole numbers as
-    their digits (``1`` and ``1.0`` give ``"1"``), truth values as ``"True"`` and ``"False"``; levels are sorted.
+    their digits (``1`` and ``1.0`` give ``"1"``), truth values as ``"True"`` and ``"False"``, dates as
+    ``"2024-05-01"``; levels are sorted. Generated cells have labels of the kind of the column: strings, whole numbers,
+    floats or truth values.
 
     Parameters
     ----------
@@ -51,7 +53,10 @@ def setup_anndata(
     layer
         The layer with the raw counts; None for ``X``.
     size_factor_key
-        Column of ``obs`` with positive library sizes, used in place of the counts per cell.
+        Column of ``obs`` with positive size factors on any scale. `CD4Model.generate` then draws library sizes from
+        their distribution in the training cells, in place of the counts per cell; they are multiplied by one number,
+        so that they add up to the counts of the training cells on the panel, which is the scale that the decoder
+        takes. Training and embedding go by the counts themselves.
     gene_id_key
         Column of ``var`` with the gene identifiers; None for ``var_names``.
 
@@ -161,7 +166,7 @@ def read_attributes(obs: Any, keys: dict[str, str | None]) -> dict[str, tuple[np
             out[role] = (np.zeros(len(obs), dtype=np.int64), Attribute(role, None, (ALL,)))
         else:
             codes, levels = read_labels(obs, key, f"{role}_key")
-            out[role] = (codes, Attribute(role, key, levels))
+            out[role] = (codes, Attribute(role, key, levels, label_kind(obs[key])))
     return out
 
 
