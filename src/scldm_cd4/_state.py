@@ -47,7 +47,7 @@ class State:
         vae = self.vae if stage == "flow" and self.vae is not None else self._new_vae(seed)
         start = {k: v.clone() for k, v in vae.state_dict().items()}
         made: list[DiT] = []
-        registry = self.registry.with_training(_labels(cells)[split.train], panel_totals(cells, split.train))
+        registry = self.registry.with_training(_labels(cells)[split.train], library_sizes(cells, split.train))
 
         def new_dit() -> DiT:
             made.append(self._new_dit())
@@ -169,6 +169,19 @@ def panel_totals(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64
     """Return counts on the panel of some cells, which is the scale that the decoder takes."""
     totals = [np.asarray(block.sum(axis=1), dtype=np.float64).ravel() for _, block in cells.iter_chunks()]
     return np.concatenate(totals)[rows]
+
+
+def library_sizes(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the library sizes of some cells to draw from in generation.
+
+    These are the counts on the panel; or declared size factors, scaled to add up to these, since shares of the panel
+    times a library size are the counts that the decoder expects.
+    """
+    totals = panel_totals(cells, rows)
+    if cells.registry.size_factor_key is None:
+        return totals
+    declared = cells.library[rows]
+    return declared * (totals.sum() / declared.sum())
 
 
 def _labels(cells: CellData) -> NDArray[np.int64]:
