@@ -1,6 +1,8 @@
 """What every use of a model stands on: state, device, saving, loading, looking at it."""
 
+import os
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +17,13 @@ from scldm_cd4._state import State
 from scldm_cd4.checkpoint.native import load_folder
 from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.setup import require_anndata
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling
+from scldm_cd4.train.runner import check_keywords
 
 
 class ModelBase:
@@ -72,7 +76,16 @@ class ModelBase:
         ------
         CheckpointError
             The folder is missing, damaged, or of an unknown format.
+        DataError
+            `dir_path` is no path, or `adata` is no AnnData.
         """
+        if not isinstance(dir_path, str | os.PathLike):
+            raise DataError(
+                "load takes the folder of a saved model first, then the cells: CD4Model.load(folder, adata); got "
+                f"{type(dir_path).__name__} as folder"
+            )
+        if adata is not None:
+            require_anndata(adata)
         model = cls.__new__(cls)
         model._start(State.load(dir_path), adata, settings.device if device is None else device)
         return model
@@ -251,6 +264,18 @@ def resolve_seed(seed: int | None) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed must be a whole number of at least 0, got {seed!r}")
     return int(seed)
+
+
+def train_options(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
+    """Return further keywords of training, with the settings of the package where they are left out.
+
+    Raises
+    ------
+    DataError
+        A keyword is neither `own` nor one that training or Lightning takes.
+    """
+    check_keywords(given, own)
+    return {"progress": settings.progress, "num_workers": settings.num_workers or 0, **given}
 
 
 def random_shares(split: Any, train: float, validation: float) -> dict[str, float]:

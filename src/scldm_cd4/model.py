@@ -1,5 +1,6 @@
 """`CD4Model`: set up, train, embed, generate, rank, save. It delegates and computes nothing itself."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scldm_cd4 import embedding
-from scldm_cd4._base import ModelBase, random_shares, resolve_seed, warn_without_control
+from scldm_cd4._base import ModelBase, random_shares, resolve_seed, train_options, warn_without_control
 from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
@@ -113,6 +114,7 @@ class CD4Model(ModelBase):
         CheckpointError
             `resume_from` has no usable training state.
         """
+        trainer_kwargs = train_options(trainer_kwargs, signature(self.train).parameters)
         if stage == "flow":
             self._require("vae")
         if seed is None and resume_from is not None:
@@ -123,8 +125,6 @@ class CD4Model(ModelBase):
         cells = CellData.from_adata(self._adata(None))
         warn_without_control(self._state.registry)
         self._split = make_split(cells, split, validation=validation_size, seed=seed)
-        trainer_kwargs.setdefault("progress", settings.progress)
-        trainer_kwargs.setdefault("num_workers", settings.num_workers or 0)
         self._hash = None
         try:
             self._state.train(

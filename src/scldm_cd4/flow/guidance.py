@@ -92,9 +92,9 @@ def _weights(strategy: str, guidance: Guidance) -> dict[str, float]:
     if isinstance(guidance, Mapping):
         if unknown := sorted(set(guidance) - set(parts)):
             raise ValueError(f"no guidance weight is called {unknown}; a {strategy!r} model takes {list(parts)}")
-        weights = {part: float(guidance.get(part, 1.0)) for part in parts}
+        weights = {part: _weight(guidance.get(part, 1.0)) for part in parts}
     else:
-        weights = dict.fromkeys(parts, float(guidance))
+        weights = dict.fromkeys(parts, _weight(guidance))
     for part, w in weights.items():
         if not math.isfinite(w) or w < 0:
             raise ValueError(
@@ -108,6 +108,16 @@ def _weights(strategy: str, guidance: Guidance) -> dict[str, float]:
             "label_dropout='independent' or 'mutually_exclusive'"
         )
     return weights
+
+
+def _weight(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"guidance takes a number (1 is the plain conditional flow, 0 unconditional) or a dict of numbers by part "
+            f"of the condition, got {value!r}"
+        ) from None
 
 
 def _terms(strategy: str, weights: dict[str, float]) -> dict[frozenset[str], float]:

@@ -1,13 +1,15 @@
 """Training of both stages, one after the other."""
 
+import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +21,7 @@ from scldm_cd4.config import ModelConfig, StageConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.registry import near_matches
 from scldm_cd4.train.checkpoint_io import read_state, write_json, write_state
 from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
@@ -132,6 +135,7 @@ def fit(
     """
     if stage not in ("both", *STAGES):
         raise DataError(f"stage must be 'both', 'vae' or 'flow', got {stage!r}")
+    check_keywords(trainer_kwargs, inspect.signature(fit).parameters)
     settings = {
         "max_epochs": _by_stage(max_epochs, "max_epochs"),
         "batch_size": _by_stage(batch_size, "batch_size"),
@@ -301,6 +305,28 @@ class _Job:
 
 def _has_state(folder: Path) -> bool:
     return any((folder / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow"))
+
+
+def check_keywords(given: Iterable[str], own: Iterable[str] = ()) -> None:
+    """Refuse keywords of training that nothing takes; `own` are further ones that the caller takes.
+
+    Raises
+    ------
+    DataError
+        Names the first such keyword, near matches, and the place for settings of the optimiser.
+    """
+    known = set(inspect.signature(pl.Trainer).parameters) | {"num_workers", "progress"}
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    name = unknown[0]
+    close = near_matches(name, sorted({*known, *own}))
+    hint = f" Near matches: {', '.join(map(repr, close))}." if close else ""
+    example = name if name in {f.name for f in fields(StageConfig)} else "lr"
+    raise DataError(
+        f"training takes no keyword {name!r}.{hint} Settings of the optimiser go to plan_kwargs, such as "
+        f"plan_kwargs={{{example!r}: ...}}; others are those of lightning.pytorch.Trainer"
+    )
 
 
 def recorded_seed(folder: str | Path) -> int:
