@@ -17,6 +17,8 @@ from scldm_cd4.train.plans import Mean, StagePlan
 
 SAVE_EVERY = 60.0
 """Seconds between two checkpoints on disk."""
+GRACE = 0.2
+"""Share of the epochs whose validation losses do not count: with few held-out cells a lucky early one would win."""
 CHECK_EVERY = 50
 """Steps between two looks at the loss on devices where a look makes the processor wait."""
 
@@ -93,7 +95,8 @@ class Guard(pl.Callback):
             self._save(trainer)
 
     def _keep(self, trainer: pl.Trainer, plan: StagePlan, held_out: float) -> None:
-        if self.patience is None or math.isnan(held_out):
+        settled = trainer.current_epoch + 1 > GRACE * (trainer.max_epochs or 0)
+        if self.patience is None or math.isnan(held_out) or not settled:
             self._take(plan)
         elif held_out < self.best:
             self._take(plan)
