@@ -56,7 +56,7 @@ class StageResult:
 
 
 def n_epochs(config: StageConfig, n: int, batch_size: int, max_epochs: int | None = None) -> int:
-    """Epochs of a stage on `n` cells: those asked for, else those of the configuration, else as `target_steps` needs."""
+    """Epochs of a stage on `n` cells: those asked for, else of the configuration, else as `target_steps` needs."""
     chosen = max_epochs if max_epochs is not None else config.max_epochs
     if chosen is None:
         return min(config.epoch_limit, math.ceil(config.target_steps / math.ceil(n / batch_size)))
