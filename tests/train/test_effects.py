@@ -11,7 +11,7 @@ from scldm_cd4.config import VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.setup import setup_anndata
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.effects import PRIOR_CELLS, set_label_effects, untold_effects
+from scldm_cd4.train.effects import set_label_effects, untold_effects
 
 N_GENES = 10
 
@@ -35,6 +35,19 @@ def labelled_cells(n: int, share_in_second: float) -> CellData:
     return CellData.from_adata(adata)
 
 
+def shuffled_labels(cells: CellData, rng: np.random.Generator) -> ad.AnnData:
+    """The same counts with perturbation labels that mean nothing."""
+    adata = ad.AnnData(
+        cells.counts(np.arange(cells.n_cells)),
+        obs=pd.DataFrame(
+            {"p": rng.choice(["a", "b"], cells.n_cells), "d": np.asarray(cells.obs["d"])}, index=cells.obs.index
+        ),
+        var=pd.DataFrame(index=list(cells.registry.genes)),
+    )
+    setup_anndata(adata, perturbation_key="p", donor_key="d", control="a")
+    return adata
+
+
 def blind_vae(cells: CellData, label_rank: int = 8) -> VAE:
     """An autoencoder that gives every cell the same profile: the latents tell nothing."""
     torch.manual_seed(0)
@@ -55,15 +68,20 @@ def test_effects_of_donor_and_perturbation_are_told_apart() -> None:
     assert (donor[1] - donor[0])[0] == pytest.approx(np.log(2), abs=0.15)
 
 
-def test_effects_of_few_cells_are_shrunk_and_a_level_without_cells_has_none() -> None:
-    many = labelled_cells(4000, 0.5)
-    vae = blind_vae(many)
-    few = untold_effects(vae, many, np.arange(2 * PRIOR_CELLS))[2]
-    full = untold_effects(vae, many, np.arange(4000))[2]
+def test_noise_is_no_effect_and_a_level_without_cells_has_none() -> None:
+    cells = labelled_cells(4000, 0.5)
+    vae = blind_vae(cells)
+    full = untold_effects(vae, cells, np.arange(4000))[2]
+    assert full[1, 1] - full[0, 1] < -0.55
+    rng = np.random.default_rng(1)
+    assert cells.labels is not None
+    shuffled = CellData.from_adata(shuffled_labels(cells, rng))
+    nothing = untold_effects(vae, shuffled, np.arange(4000))[2]
+    assert np.abs(nothing[1] - nothing[0]).max() < 0.05  # two groups of 40,000 counts a gene
+    few = untold_effects(vae, cells, np.arange(40))[2]
     assert abs(few[1, 1] - few[0, 1]) < 0.8 * abs(full[1, 1] - full[0, 1])
-    assert many.labels is not None
-    only_a = np.flatnonzero(many.labels[:, 2] == 0)
-    np.testing.assert_allclose(untold_effects(vae, many, only_a)[2][1], 0.0, atol=1e-9)
+    only_a = np.flatnonzero(cells.labels[:, 2] == 0)
+    np.testing.assert_allclose(untold_effects(vae, cells, only_a)[2][1], 0.0, atol=1e-6)
 
 
 def test_decoded_means_of_labels_are_the_observed_ones() -> None:

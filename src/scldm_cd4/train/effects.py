@@ -17,15 +17,13 @@ from scldm_cd4.nn import VAE
 from scldm_cd4.train.latents import chunks, decode_means, encode_rows, inference_batch_size
 
 FloatArray = NDArray[np.float64]
-PRIOR_CELLS = 20
-"""An effect is shrunk as if so many cells without it had been seen besides."""
+PRIOR_CELLS, PRIOR_COUNTS = 20, 5
+"""An effect is shrunk as if so many cells without it, and so many counts of each gene besides, had been seen."""
 MAX_CELLS = 200_000
 """Training cells that are looked at."""
 
 
-def set_label_effects(
-    vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator, prior_cells: float = PRIOR_CELLS
-) -> None:
+def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator) -> None:
     """Write the effects that the latents leave untold into a trained autoencoder with ``label_rank``.
 
     Parameters
@@ -36,14 +34,12 @@ def set_label_effects(
         Training cells are these rows of `cells`, with labels.
     generator
         Draws `MAX_CELLS` of more cells.
-    prior_cells
-        Strength of the shrinkage.
     """
     from sklearn.utils.extmath import randomized_svd
 
     if len(rows) > MAX_CELLS:
         rows = np.sort(generator.choice(rows, MAX_CELLS, replace=False))
-    effects = untold_effects(vae, cells, rows, prior_cells)
+    effects = untold_effects(vae, cells, rows)
     stacked = np.concatenate(effects)
     rank = min(vae.config.label_rank, *stacked.shape)
     left, singular, right = randomized_svd(stacked, rank, random_state=int(generator.integers(2**31)))
@@ -54,14 +50,14 @@ def set_label_effects(
     _write(vae.label_effects.loadings, slice(1, None), right.T * np.sqrt(singular))
 
 
-def untold_effects(
-    vae: VAE, cells: CellData, rows: NDArray[np.int64], prior_cells: float = PRIOR_CELLS
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Logarithms of observed over decoded counts for each donor, time point and perturbation.
+def untold_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Logarithms of observed over decoded counts for each donor, time point and perturbation, shrunk toward nothing.
 
     For a level with n cells, ln((o + k) / (e + k)) with o the sum of their counts, e that of their decoded means and
-    k = e * prior_cells / n. Contexts come first and are split into donor and time point by their means; e of a
-    perturbation has the effects of its contexts in it, so that an unequal share of contexts is no effect of its own.
+    k = e * PRIOR_CELLS / n + PRIOR_COUNTS.
+
+    Contexts come first and are split into donor and time point by their means; e of a perturbation has the effects of
+    its contexts in it, so that an unequal share of contexts is no effect of its own.
 
     Returns
     -------
@@ -71,38 +67,36 @@ def untold_effects(
     n_donor, n_time, n_perturbation = cells.registry.vocabulary
     donor, timepoint, perturbation = cells.labels[rows].T
     context = donor * n_time + timepoint
-    log_context = _log_ratios(vae, cells, rows, context, n_donor * n_time, prior_cells).reshape(n_donor, n_time, -1)
+    ones = np.ones((n_donor * n_time, cells.n_genes))
+    log_context = _log_ratios(vae, cells, rows, context, ones, context).reshape(n_donor, n_time, -1)
     weight = np.bincount(context, minlength=n_donor * n_time).reshape(n_donor, n_time, 1) + 1e-9
     by_donor = (weight * log_context).sum(1) / weight.sum(1)
     by_time = (weight * (log_context - by_donor[:, None])).sum(0) / weight.sum(0)
     factors = np.exp(by_donor[:, None] + by_time[None]).reshape(n_donor * n_time, -1)
-    by_perturbation = _log_ratios(vae, cells, rows, perturbation, n_perturbation, prior_cells, factors, context)
-    return by_donor, by_time, by_perturbation
+    return by_donor, by_time, _log_ratios(vae, cells, rows, context, factors, perturbation, n_perturbation)
 
 
 def _log_ratios(
     vae: VAE,
     cells: CellData,
     rows: NDArray[np.int64],
+    context: NDArray[np.int64],
+    factors: FloatArray,
     codes: NDArray[np.int64],
-    n: int,
-    prior_cells: float,
-    factors: FloatArray | None = None,
-    context: NDArray[np.int64] | None = None,
+    n: int | None = None,
 ) -> FloatArray:
-    """Return ln((o + k) / (e + k)) of each code (n, G); decoded means are multiplied by `factors` of their context."""
+    """Return shrunk log ratios of each code (n, G); decoded means are multiplied by the `factors` of their context."""
+    n = len(factors) if n is None else n
     observed, expected = np.zeros((n, cells.n_genes)), np.zeros((n, cells.n_genes))
     for index in chunks(len(rows), inference_batch_size(cells.n_genes)):
         counts = cells.counts(rows[index])
         library = torch.from_numpy(np.asarray(counts.sum(1), dtype=np.float32).reshape(-1, 1))
-        mean = decode_means(vae, encode_rows(vae, cells, rows[index]), library).numpy().astype(np.float64)
-        if factors is not None and context is not None:
-            mean *= factors[context[index]]
+        mean = decode_means(vae, encode_rows(vae, cells, rows[index]), library).numpy() * factors[context[index]]
         sums = sparse.csr_matrix((np.ones(len(index)), (codes[index], np.arange(len(index)))), shape=(n, len(index)))
         observed += (sums @ counts).toarray()
         expected += sums @ mean
     n_cells = np.bincount(codes, minlength=n)[:, None]
-    prior = expected * prior_cells / np.maximum(n_cells, 1) + 1e-6
+    prior = expected * PRIOR_CELLS / np.maximum(n_cells, 1) + PRIOR_COUNTS
     return np.log((observed + prior) / (expected + prior))
 
 
