@@ -24,7 +24,7 @@ from scldm_cd4.data.setup import fit_registry
 
 TEST = 0.2
 """Share of the cells of every condition that is held out."""
-STEPS = {"vae": 600, "flow": 1000}
+STEPS = {"vae": 400, "flow": 800}
 """Training steps on simulated cells, where the preset has more; it takes minutes and reaches the truth."""
 BLOCKS, MAX_PER_CONDITION = 4, 400
 """Generated cells per held-out cell, and the most of one condition."""
