@@ -38,7 +38,9 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> lis
         raise DataError(f"a UMAP needs at least 4 reference cells, got {len(reference)}")
     import warnings
 
-    with warnings.catch_warnings():
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(1):  # numba would change the thread count of torch for good
         warnings.simplefilter("ignore")  # numba and umap speak of their own internals
         from umap import UMAP
 
