@@ -7,39 +7,36 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._pseudobulk import as_matrix, excluded_mask, group_means
+from scldm_cd4.metrics._rows import pearson_rows
 
 
 def safe_pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson correlation; NaN where either vector is constant or shorter than two."""
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(a) < 2:
-        return float("nan")
-    a, b = _centred(a), _centred(b)
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / norm, -1.0, 1.0)) if norm > 0 else float("nan")
+    a, b = np.atleast_2d(np.asarray(x, dtype=np.float64)), np.atleast_2d(np.asarray(y, dtype=np.float64))
+    return float(pearson_rows(a, b)[0])
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
-    """Subtract the mean; what is left of a constant vector by rounding is zero."""
-    centred = values - values.mean()
-    return centred if np.abs(centred).max() > 1e-12 * np.abs(values).max() else np.zeros_like(values)
+def chance_level(n_perturbed: Any, n_control: Any, n_predicted: Any = None) -> Any:
+    r"""Pearson-delta of no signal at all when both deltas share one control.
 
-
-def chance_level(n_perturbed: int, n_control: int) -> float:
-    """Pearson-delta of no signal at all when both deltas share one control: n_p / (n_p + n_c).
+    Both deltas share the noise of the control mean: :math:`\frac{1/n_c}{\sqrt{(1/n_r + 1/n_c)(1/n_p + 1/n_c)}}`, which
+    is :math:`n / (n + n_c)` for equal :math:`n_r = n_p = n`. With many more controls than perturbed cells it is near 0.
 
     Parameters
     ----------
     n_perturbed
-        Cells of each perturbed side (real and predicted, taken as equal).
+        Real cells of the perturbation; a number or an array.
     n_control
         Cells of the shared control.
+    n_predicted
+        Predicted cells; as many as real ones by default.
 
     Returns
     -------
-    The expected correlation of two deltas that share only the noise of the control mean.
+    The expected correlation, 0 to 1.
     """
-    return n_perturbed / (n_perturbed + n_control)
+    real, pred = (n_control / n + 1.0 for n in (n_perturbed, n_perturbed if n_predicted is None else n_predicted))
+    return 1.0 / np.sqrt(real * pred)
 
 
 def context_delta(

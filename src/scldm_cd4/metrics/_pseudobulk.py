@@ -1,6 +1,7 @@
 """Normalisation and group means, the common ground of all effect metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,13 @@ import scipy.sparse as sp
 from scldm_cd4._errors import DataError
 
 TARGET_SUM = 1e4
+BULK_SUM = 5e4
+"""Total of a condition's summed counts before the logarithm, as in cell-eval2."""
+CHUNK = 20_000
+"""Cells that are summed at a time; bounds the memory."""
+
+Key = tuple[str, ...]
+"""Labels of a condition: the columns of its context, then the perturbation."""
 
 
 def as_matrix(data: Any, layer: str | None = None) -> np.ndarray | sp.csr_matrix:
@@ -45,7 +53,9 @@ def dense(matrix: Any) -> np.ndarray:
     return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float64)
 
 
-def log_normalize(data: Any, *, layer: str | None = None, target_sum: float = TARGET_SUM) -> sp.csr_matrix:
+def log_normalize(
+    data: Any, *, layer: str | None = None, target_sum: float = TARGET_SUM, totals: np.ndarray | None = None
+) -> sp.csr_matrix:
     r"""Log-normalise counts by the cells' own totals over the given genes.
 
     :math:`\log(1 + s\,x_{cg} / \sum_g x_{cg})` with :math:`s` = ``target_sum``. Real and generated cells follow the
@@ -59,6 +69,8 @@ def log_normalize(data: Any, *, layer: str | None = None, target_sum: float = TA
         Layer of the AnnData that holds the counts.
     target_sum
         Total of every cell after scaling.
+    totals
+        What to divide each cell by instead, (cells,): size factors that also count genes outside the panel.
 
     Returns
     -------
@@ -67,12 +79,17 @@ def log_normalize(data: Any, *, layer: str | None = None, target_sum: float = TA
     Raises
     ------
     DataError
-        If a count is negative or not finite.
+        If a count is negative or not finite, or there is not one positive total per cell.
     """
     matrix = sp.csr_matrix(as_matrix(data, layer), dtype=np.float64, copy=True)
     if matrix.nnz and not (np.isfinite(matrix.data).all() and matrix.data.min() >= 0):
         raise DataError("counts must be finite and not negative; give raw counts, not scaled or log values")
-    totals = np.asarray(matrix.sum(axis=1)).ravel()
+    if totals is None:
+        totals = np.asarray(matrix.sum(axis=1)).ravel()
+    else:
+        totals = np.asarray(totals, dtype=np.float64)
+        if totals.shape != (matrix.shape[0],) or not (np.isfinite(totals).all() and (totals > 0).all()):
+            raise DataError(f"totals {totals.shape} must be one finite, positive number for each cell")
     factor = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
     matrix.data = np.log1p(matrix.data * np.repeat(factor, np.diff(matrix.indptr)))
     return matrix
@@ -118,3 +135,183 @@ def excluded_mask(n_genes: int, exclude: Sequence[int] | np.ndarray | None) -> n
     if exclude is not None:
         keep[np.asarray(exclude, dtype=np.int64)] = False
     return keep
+
+
+@dataclass(frozen=True)
+class Pseudobulks:
+    """Moments of every condition, all that the effect metrics need of the cells.
+
+    Attributes
+    ----------
+    keys
+        Labels of each condition, context first and perturbation last.
+    means
+        Means of the log-normalised values, (K, genes).
+    variances
+        Their variances over cells (n - 1 in the denominator; 0 for a single cell), (K, genes).
+    n
+        Cells, (K,).
+    log_sum
+        log(1 + 5e4 x share of the condition's summed counts), (K, genes); None where no counts were given.
+    log_sum_noise
+        Sampling variance of ``log_sum`` summed over genes, by the delete-one jackknife, (K,); None likewise.
+    """
+
+    keys: tuple[Key, ...]
+    means: np.ndarray
+    variances: np.ndarray
+    n: np.ndarray
+    log_sum: np.ndarray | None = None
+    log_sum_noise: np.ndarray | None = None
+
+    def conditions(self, control: str) -> tuple[Key, ...]:
+        """Keys of the perturbed conditions, in order."""
+        return tuple(key for key in self.keys if key[-1] != control)
+
+    def rows(self, keys: Sequence[Key]) -> np.ndarray:
+        """Row of each key; -1 where it is absent."""
+        position = {key: row for row, key in enumerate(self.keys)}
+        return np.array([position.get(key, -1) for key in keys], dtype=np.int64)
+
+    def noise(self) -> np.ndarray:
+        """Sum the sampling variance of the means over genes, (K,): trace of the covariance over n."""
+        total: np.ndarray = self.variances.sum(axis=1) / self.n
+        return total
+
+
+def condition_codes(labels: Any) -> tuple[np.ndarray, tuple[Key, ...]]:
+    """Give every condition of the cells a code.
+
+    Parameters
+    ----------
+    labels
+        DataFrame, or sequence of columns: those of the context, then the perturbation. Labels become strings, so
+        numbers and categories match their text.
+
+    Returns
+    -------
+    Code of each cell and the key of each code, in sorted order.
+
+    Raises
+    ------
+    DataError
+        If a label is missing.
+    """
+    import pandas as pd
+
+    columns = [labels[name] for name in labels.columns] if hasattr(labels, "columns") else list(labels)
+    factors = []
+    for column in columns:
+        values = np.asarray(column)
+        if pd.isna(values).any():
+            raise DataError(f"{int(pd.isna(values).sum())} cells have no label in a condition column; drop them first")
+        factors.append(np.unique(values.astype(str), return_inverse=True))
+    stacked = np.stack([codes for _, codes in factors], axis=1)
+    rows, codes = np.unique(stacked, axis=0, return_inverse=True)
+    keys = tuple(tuple(str(levels[i]) for (levels, _), i in zip(factors, row, strict=True)) for row in rows)
+    return codes.ravel(), keys
+
+
+def pseudobulks(values: Any, labels: Any, *, counts: Any = None) -> Pseudobulks:
+    """Sum up cells by condition in one pass over chunks of cells.
+
+    Parameters
+    ----------
+    values
+        Log-normalised values, cells x genes; sparse stays sparse.
+    labels
+        See :func:`condition_codes`.
+    counts
+        Raw counts of the same cells, for the logarithm of summed counts. The mean of logarithms falls with the
+        dispersion of the cells, the logarithm of sums does not.
+
+    Returns
+    -------
+    Moments of every condition that has cells.
+
+    Raises
+    ------
+    DataError
+        If labels or counts do not match the cells.
+    """
+    matrix = as_matrix(values)
+    codes, keys = condition_codes(labels)
+    if codes.shape != (matrix.shape[0],):
+        raise DataError(f"{len(codes)} labels for {matrix.shape[0]} cells; give one per cell and column")
+    n = np.bincount(codes, minlength=len(keys))
+    means, squares = np.zeros((len(keys), matrix.shape[1])), np.zeros((len(keys), matrix.shape[1]))
+    for rows, present, indicator in _indicators(codes):
+        chunk = matrix[rows]
+        means[present] += dense(indicator @ chunk)
+        squares[present] += dense(indicator @ (chunk.power(2) if sp.issparse(chunk) else np.square(chunk)))
+    means /= n[:, None]
+    squares -= n[:, None] * np.square(means)
+    np.maximum(squares, 0.0, out=squares)
+    squares /= np.maximum(n - 1, 1)[:, None]
+    bulk = (None, None) if counts is None else _log_sums(counts, codes, n, matrix.shape)
+    return Pseudobulks(keys, means, squares, n, *bulk)
+
+
+def _indicators(codes: np.ndarray) -> Iterator[tuple[slice, np.ndarray, sp.csr_matrix]]:
+    """Give rows, conditions present in them, and the matrix that sums these rows by condition."""
+    for start in range(0, len(codes), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(codes)))
+        present, local = np.unique(codes[rows], return_inverse=True)
+        size = len(local)
+        yield rows, present, sp.csr_matrix((np.ones(size), (local, np.arange(size))), shape=(len(present), size))
+
+
+def _log_sums(counts: Any, codes: np.ndarray, n: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    r"""Logarithm of each condition's summed counts, and its delete-one jackknife variance summed over genes.
+
+    :math:`(n-1)/n \sum_i \|b_{(i)} - \bar b_{(\cdot)}\|^2` with :math:`b_{(i)}` the logarithm without cell i.
+    """
+    matrix = as_matrix(counts)
+    if matrix.shape != shape:
+        raise DataError(f"counts {matrix.shape} and values {shape} must be of the same cells and genes")
+    sums = np.zeros((len(n), shape[1]))
+    for rows, present, indicator in _indicators(codes):
+        sums[present] += dense(indicator @ matrix[rows].astype(np.float64))
+    logs = np.log1p(_scaled(sums))
+    noise, order = np.zeros(len(n)), np.argsort(codes, kind="stable")
+    for code, cells in enumerate(np.split(order, np.cumsum(n)[:-1])):
+        first, second = np.zeros(shape[1]), np.zeros(shape[1])
+        for start in range(0, len(cells), 256):
+            left_out = sums[code] - dense(matrix[cells[start : start + 256]])
+            shift = np.log1p(_scaled(left_out)) - logs[code]
+            first += shift.sum(axis=0)
+            second += np.square(shift).sum(axis=0)
+        noise[code] = (n[code] - 1) / n[code] * (second - first**2 / n[code]).sum()
+    return logs, noise
+
+
+def _scaled(sums: np.ndarray) -> np.ndarray:
+    totals = sums.sum(axis=1, keepdims=True)
+    return np.divide(BULK_SUM * sums, totals, out=np.zeros_like(sums), where=totals > 0)
+
+
+def target_mask(keys: Sequence[Key], genes: Sequence[str], target_genes: Mapping[str, str] | None = None) -> np.ndarray:
+    """Mark each condition's own target gene.
+
+    Parameters
+    ----------
+    keys
+        Labels of the conditions, perturbation last.
+    genes
+        Gene names.
+    target_genes
+        Gene name of each perturbation label; a label that is not in it is taken as the gene name itself. A target
+        that is not among the genes marks nothing.
+
+    Returns
+    -------
+    True at the target, (K, genes).
+    """
+    position = {str(gene): i for i, gene in enumerate(genes)}
+    named = target_genes or {}
+    mask = np.zeros((len(keys), len(genes)), dtype=bool)
+    for row, key in enumerate(keys):
+        column = position.get(named.get(key[-1], key[-1]))
+        if column is not None:
+            mask[row, column] = True
+    return mask

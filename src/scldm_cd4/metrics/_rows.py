@@ -1,0 +1,65 @@
+"""Correlations between matching rows of two matrices, over the genes that count in each row."""
+
+import numpy as np
+
+
+def pearson_rows(x: np.ndarray, y: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    """Pearson correlation of matching rows.
+
+    Parameters
+    ----------
+    x, y
+        (K, genes).
+    keep
+        Which genes count, (K, genes); all by default.
+
+    Returns
+    -------
+    (K,), -1 to 1. NaN where a row is constant, or fewer than two genes count.
+    """
+    a, b = centred_rows(x, keep), centred_rows(y, keep)
+    norm = np.sqrt(_dot(a, a) * _dot(b, b))
+    return np.clip(_ratio(_dot(a, b), norm), -1.0, 1.0)
+
+
+def cosine_rows(x: np.ndarray, y: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    """Cosine of matching rows, (K,), -1 to 1; NaN where a row is zero."""
+    a, b = (np.where(keep, side, 0.0) if keep is not None else side for side in (x, y))
+    return np.clip(_ratio(_dot(a, b), np.sqrt(_dot(a, a) * _dot(b, b))), -1.0, 1.0)
+
+
+def spearman_rows(x: np.ndarray, y: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    """Spearman correlation of matching rows (mid-ranks), (K,), -1 to 1; NaN where a row is constant."""
+    return pearson_rows(_ranks(x, keep), _ranks(y, keep), keep)
+
+
+def centred_rows(values: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    """Subtract each row's mean over the genes that count; the others, and what rounding leaves, become zero."""
+    x = np.asarray(values, dtype=np.float64)
+    if keep is None:
+        size, kept = np.full((len(x), 1), x.shape[1]), x
+    else:
+        size, kept = keep.sum(axis=1, keepdims=True), np.where(keep, x, 0.0)
+    centred = kept - kept.sum(axis=1, keepdims=True) / np.maximum(size, 1)
+    if keep is not None:
+        centred[~keep] = 0.0
+    peak = np.abs(kept).max(axis=1, initial=0.0)
+    centred[np.abs(centred).max(axis=1, initial=0.0) <= 1e-12 * peak] = 0.0
+    return centred
+
+
+def _ranks(values: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    # genes that do not count rank last, so the ranks of the others stay 1, 2, ...
+    ranks: np.ndarray = rankdata(values if keep is None else np.where(keep, values, np.inf), axis=1)
+    return ranks
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    product: np.ndarray = np.einsum("kg,kg->k", x, y)
+    return product
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
