@@ -6,14 +6,14 @@ names and size factors are not in such files, and neither is what leaves no trac
 norm eps, and the count aggregations without parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scldm_cd4._errors import CheckpointError
@@ -32,6 +32,9 @@ CLASS_NAMES = {
 _VAE = ("vae_model.", "vae_model_compiled.")
 _ONLINE = ("diffusion_model.nnet.", "diffusion_model_compiled.nnet.", "ema_model.online_model.nnet.")
 _EMA = ("ema_model.ema_model.nnet.",)
+_BASE_ONLINE = ("diffusion_model.", "diffusion_model_compiled.", "ema_model.online_model.")
+_BASE_EMA = ("ema_model.ema_model.",)
+"""Base scLDM has no wrapper around the diffusion transformer."""
 _SCALARS = ("ema_model.initted", "ema_model.step")
 _VAE_PARTS = ("input_layer.", "encoder.", "decoder.", "decoder_head.")
 _OURS_ALONE = ("encoder.latent_log_variance.",)
@@ -51,10 +54,12 @@ class Reference:
     """Numbers of donors, time points and perturbations."""
     weights: Literal["ema", "online"] | None
     """Which copy of the flow's weights was taken."""
+    absent: tuple[str, ...] = ()
+    """Attributes that the flow does not know; they have one level, whose vector is zero."""
 
 
-def read_safetensors(path: str | Path) -> State:
-    """Read the tensors of one safetensors file; nothing is ever unpickled.
+def read_safetensors(path: str | Path) -> Mapping[str, Tensor]:
+    """Open the tensors of one safetensors file, each read when asked for; nothing is ever unpickled.
 
     Raises
     ------
@@ -68,28 +73,58 @@ def read_safetensors(path: str | Path) -> State:
         head = file.read(4)
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise CheckpointError(
-            f"{path} is a pickled checkpoint, which is not read because loading it can run any code; "
-            "export its state dict to a .safetensors file first, on a machine where you trust the file"
+            f"{path} is a pickled checkpoint, which is read only where it is trusted: pass allow_pickle=True and the "
+            "file as it was written, with the ending .ckpt"
         )
+    with _explained(path):
+        return _Tensors(path, safe_open(path, "pt"))
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file by name; copies in the file that nobody asks for take no memory."""
+
+    def __init__(self, path: Path, handle: Any) -> None:
+        self.path, self.handle, self.names = path, handle, tuple(handle.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with _explained(self.path):
+            return self.handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors, it is damaged or of another kind: {error}"
         ) from error
 
 
 def split_reference(
-    tensors: Mapping[str, Tensor], *, weights: Literal["auto", "ema", "online"] = "auto"
+    tensors: Mapping[str, Tensor],
+    *,
+    weights: Literal["auto", "ema", "online"] = "auto",
+    class_names: Mapping[str, str] | None = None,
 ) -> tuple[State, State, Literal["ema", "online"] | None]:
     """Sort tensors under the reference's names into states of `nn.VAE` and `nn.DiT`.
 
     Parameters
     ----------
     tensors
-        A state dict of the reference, with or without compiled aliases and EMA copies.
+        A state dict of the reference, with or without compiled aliases and EMA copies; or one of base scLDM.
     weights
         Copy of the flow's weights: the running average, the last step's, or (``auto``) the average where there is one.
+    class_names
+        What the file calls each attribute, by role; None for `CLASS_NAMES`.
 
     Returns
     -------
@@ -102,27 +137,32 @@ def split_reference(
     """
     if weights not in ("auto", "ema", "online"):
         raise ValueError(f"weights must be 'auto', 'ema' or 'online', got {weights!r}")
-    named = {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
-    known = (*_VAE, *_ONLINE, *_EMA)
+    named = {key.replace("_orig_mod.", ""): key for key in tensors}
+    wrapped = any(key.startswith((*_ONLINE, *_EMA)) for key in named)
+    in_online, in_ema = (_ONLINE, _EMA) if wrapped else (_BASE_ONLINE, _BASE_EMA)
+    known = (*_VAE, *in_online, *in_ema)
     if unexpected := [key for key in named if not key.startswith(known) and key not in _SCALARS]:
         raise CheckpointError(f"these are no tensors of a reference checkpoint: {', '.join(sorted(unexpected))}")
-    vae, online, ema = _collect(named, _VAE), _collect(named, _ONLINE), _collect(named, _EMA)
+    vae, online, ema = (_collect(named, prefixes) for prefixes in (_VAE, in_online, in_ema))
     if not vae:
         raise CheckpointError("the checkpoint has no autoencoder (no tensor called vae_model.*)")
-    if weights == "ema" and not ema:
+    if weights == "ema" and not ema and online:
         raise CheckpointError("the checkpoint has no EMA copy (ema_model.ema_model.nnet.*); take weights='online'")
-    if weights == "online" and not online:
+    if weights == "online" and not online and ema:
         raise CheckpointError("the checkpoint has no online flow weights (diffusion_model.nnet.*); take weights='ema'")
+    vae_state = {name: tensors[key] for name, key in vae.items()}
     if not (ema or online):
-        return vae, {}, None
+        return vae_state, {}, None
     taken: Literal["ema", "online"] = "ema" if ema and weights != "online" else "online"
-    return vae, _rename_classes(ema if taken == "ema" else online, {v: k for k, v in CLASS_NAMES.items()}), taken
+    dit_state = {name: tensors[key] for name, key in (ema if taken == "ema" else online).items()}
+    return vae_state, _rename_classes(dit_state, {v: k for k, v in (class_names or CLASS_NAMES).items()}), taken
 
 
 def from_reference(
     tensors: Mapping[str, Tensor],
     *,
     weights: Literal["auto", "ema", "online"] = "auto",
+    class_names: Mapping[str, str] | None = None,
     vae: Mapping[str, Any] | None = None,
     flow: Mapping[str, Any] | None = None,
 ) -> Reference:
@@ -130,8 +170,8 @@ def from_reference(
 
     Parameters
     ----------
-    tensors, weights
-        As for `split_reference`.
+    tensors, weights, class_names
+        As for `split_reference`. A role that `class_names` leaves out gets a table of zeros, which adds nothing.
     vae, flow
         Fields of `VAEConfig` and `FlowConfig` that the shapes do not tell. ``n_heads`` and ``n_cross_heads`` are needed
         unless the sizes are the released ones; ``norm_eps`` is 1e-8 and ``head`` "nb" unless given.
@@ -143,7 +183,10 @@ def from_reference(
     ValueError
         A field that the shapes do not tell was not given.
     """
-    vae_state, dit_state, taken = split_reference(tensors, weights=weights)
+    vae_state, dit_state, taken = split_reference(tensors, weights=weights, class_names=class_names)
+    absent = tuple(role for role in ROLES if role not in (class_names or CLASS_NAMES)) if dit_state else ()
+    for role in absent:
+        dit_state[f"class_embeddings.{role}.weight"] = torch.zeros(2, _shape(dit_state, "pos_embed", 3)[2])
     vae_config = _vae_config(vae_state, dict(vae or {}))
     n_genes = _shape(vae_state, "input_layer.gene_embedding.weight")[0] - 1
     problems = _mismatches(_expected_vae(vae_config, n_genes), vae_state, "vae_model.")
@@ -159,7 +202,9 @@ def from_reference(
         problems += _mismatches(expected, dit_state, "diffusion_model.nnet.")
     if problems:
         raise CheckpointError("the checkpoint does not fit the networks: " + "; ".join(problems))
-    return Reference(_float32(vae_state), _float32(dit_state), vae_config, flow_config, n_genes, vocabulary, taken)
+    return Reference(
+        _float32(vae_state), _float32(dit_state), vae_config, flow_config, n_genes, vocabulary, taken, absent
+    )
 
 
 def to_reference(vae_state: Mapping[str, Tensor], dit_state: Mapping[str, Tensor]) -> State:
@@ -176,10 +221,11 @@ def to_reference(vae_state: Mapping[str, Tensor], dit_state: Mapping[str, Tensor
     return named | {_ONLINE[0] + key: tensor for key, tensor in _rename_classes(dit_state, CLASS_NAMES).items()}
 
 
-def _collect(named: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> State:
-    out: State = {}
+def _collect(named: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """Names in the file by name below the module."""
+    out: dict[str, str] = {}
     for prefix in reversed(prefixes):
-        out |= {key.removeprefix(prefix): tensor for key, tensor in named.items() if key.startswith(prefix)}
+        out |= {name.removeprefix(prefix): key for name, key in named.items() if name.startswith(prefix)}
     return out
 
 
@@ -215,10 +261,11 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _multiple_of(width: int, hidden: int) -> int:
-    """Smallest rounding from the reference's default 4 upward, then below, that gives this hidden width."""
+def _multiple_of(width: int, hidden: int, given: Any = None) -> int:
+    """Return a rounding that gives this hidden width: the one given, else the smallest from the reference's 4 upward."""
     target = int(8 * width / 3)
-    return next((m for m in (4, 8, 16, 32, 64, 128, 256, 2, 1) if -(-target // m) * m == hidden), 4)
+    first = [given] if isinstance(given, int) and given > 0 else []
+    return next((m for m in (*first, 4, 8, 16, 32, 64, 128, 256, 2, 1) if -(-target // m) * m == hidden), 4)
 
 
 def _check_heads(
@@ -243,7 +290,7 @@ def _vae_config(state: State, given: dict[str, Any]) -> VAEConfig:
         "n_tokens": _shape(state, "encoder.ca_layer.inducing_points")[0],
         "n_channels": latent[1] if cross else latent[0],
         "n_layers": _count(state, "encoder.encoder_layers."),
-        "multiple_of": _multiple_of(width, hidden),
+        "multiple_of": _multiple_of(width, hidden, given.get("multiple_of")),
         "bias": "encoder.ca_layer.attn.c_attn.bias" in state,
         "projection": "cross_attention" if cross else "mlp",
         "positional": "encoder.pos_embed" in state,
@@ -279,7 +326,7 @@ def _flow_config(state: State, given: dict[str, Any]) -> FlowConfig:
     found = {
         "width": width,
         "n_layers": _count(state, "blocks."),
-        "multiple_of": _multiple_of(width, hidden),
+        "multiple_of": _multiple_of(width, hidden, given.get("multiple_of")),
         "bias": "input_proj.bias" in state,
     }
     _check_heads(found, PRESETS["cd4"].flow, given, ("n_heads",), "flow")
