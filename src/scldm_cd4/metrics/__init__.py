@@ -1,36 +1,89 @@
 """Metrics of generated cells: AnnData or arrays in, numbers and tables out. Knows nothing of the model."""
 
-from scldm_cd4.metrics._de import ControlRanks, benjamini_hochberg, combine_tests, context_test, de_genes, de_recovery
+from scldm_cd4.metrics._de import context_test, de_genes, de_recovery
 from scldm_cd4.metrics._delta import chance_level, context_delta, pearson_delta, safe_pearson
-from scldm_cd4.metrics._distribution import energy_distance, wasserstein, within_distance
+from scldm_cd4.metrics._discrimination import discrimination, effect_distances
+from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference, distribution_table
+from scldm_cd4.metrics._effects import control_halves, effect_table
+from scldm_cd4.metrics._frechet import frechet_distance
+from scldm_cd4.metrics._memorisation import memorisation, memorisation_table, memorised_share, nearest_distance
+from scldm_cd4.metrics._mmd import (
+    MULTI_SCALES,
+    energy_distance,
+    median_distance,
+    mmd2,
+    permutation_test,
+    within_distance,
+)
+from scldm_cd4.metrics._moments import r2, r2_mean, r2_variance
+from scldm_cd4.metrics._neighbours import one_nn_accuracy, prdc
 from scldm_cd4.metrics._projection import Projection, fit_projection
-from scldm_cd4.metrics._pseudobulk import group_means, log_normalize
+from scldm_cd4.metrics._pseudobulk import (
+    Pseudobulks,
+    condition_codes,
+    group_means,
+    log_normalize,
+    pseudobulks,
+    target_mask,
+)
+from scldm_cd4.metrics._ranks import ControlRanks, benjamini_hochberg, combine_tests
 from scldm_cd4.metrics._reconstruction import intercept_nb, mse, nb_error, pcc
 from scldm_cd4.metrics._score import Anchored, anchored_score, mean_and_error
+from scldm_cd4.metrics._wasserstein import wasserstein
+from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, welch_scores_versus_rest
 
 __all__ = [
     "Anchored",
     "ControlRanks",
+    "DISTRIBUTION_METRICS",
+    "DistributionReference",
+    "MULTI_SCALES",
     "Projection",
+    "Pseudobulks",
     "anchored_score",
     "benjamini_hochberg",
     "chance_level",
     "combine_tests",
+    "condition_codes",
     "context_delta",
     "context_test",
+    "control_halves",
     "de_genes",
     "de_recovery",
+    "discrimination",
+    "distribution_table",
+    "effect_distances",
+    "effect_table",
+    "effect_weights",
     "energy_distance",
     "fit_projection",
+    "frechet_distance",
     "group_means",
     "intercept_nb",
     "log_normalize",
     "mean_and_error",
+    "median_distance",
+    "memorisation",
+    "memorisation_table",
+    "memorised_share",
+    "mmd2",
     "mse",
     "nb_error",
+    "nearest_distance",
+    "one_nn_accuracy",
     "pcc",
     "pearson_delta",
+    "permutation_test",
+    "prdc",
+    "pseudobulks",
+    "r2",
+    "r2_mean",
+    "r2_variance",
     "safe_pearson",
+    "target_mask",
+    "top_genes",
     "wasserstein",
+    "welch_scores",
+    "welch_scores_versus_rest",
     "within_distance",
 ]

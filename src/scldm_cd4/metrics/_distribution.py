@@ -1,92 +1,198 @@
-"""Distances between two populations of cells."""
+"""All distribution metrics of many conditions, the real side computed once."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.metrics._pseudobulk import as_matrix, dense
+from scldm_cd4.metrics._frechet import frechet_of, gaussians
+from scldm_cd4.metrics._mmd import (
+    MULTI_SCALES,
+    cross_means,
+    energy_of,
+    median_distance,
+    mmd2_of,
+    rbf_bandwidths,
+    within_means,
+)
+from scldm_cd4.metrics._neighbours import NEIGHBOURS, Neighbours, neighbour_scores, neighbours_within
+from scldm_cd4.metrics._pairwise import check_blocks, equal_sizes, subset
+from scldm_cd4.metrics._wasserstein import wasserstein
+
+KERNEL_METRICS = ("mmd2", "mmd2_multi", "energy_distance")
+NEIGHBOUR_METRICS = ("one_nn_accuracy", "precision", "recall", "density", "coverage")
+DISTRIBUTION_METRICS = (*KERNEL_METRICS, "w1", "w2", "frechet_distance", *NEIGHBOUR_METRICS)
+"""The columns that a table of distribution metrics may have."""
 
 
-def _pair(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    a, b = dense(as_matrix(x)), dense(as_matrix(y))
-    if a.shape[1] != b.shape[1]:
-        raise DataError(
-            f"the two populations have {a.shape[1]} and {b.shape[1]} features; project both in the same way"
-        )
-    return a, b
+class DistributionReference:
+    """Real cells of many conditions, against which predictions are compared.
 
-
-def within_distance(x: Any) -> float:
-    """Mean Euclidean distance over ordered pairs of different cells; NaN with fewer than two cells."""
-    from scipy.spatial.distance import pdist
-
-    values = dense(as_matrix(x))
-    return float(pdist(values).mean()) if len(values) > 1 else float("nan")
-
-
-def energy_distance(x: Any, y: Any, *, within_x: float | None = None, within_y: float | None = None) -> float:
-    r"""Unbiased energy distance between two populations.
-
-    :math:`2\,E\|X-Y\| - E\|X-X'\| - E\|Y-Y'\|` with Euclidean norms, not squared and not rooted, each within-term
-    over pairs of *different* cells (U-statistic). Best value 0; expected value 0 for two samples of one distribution,
-    so single values may be negative and are not clipped; no upper bound. Székely & Rizzo, J. Stat. Plan. Inference
-    2013; scPerturb (Peidli et al., Nat. Methods 2024) with the U-statistic. For an exact copy of the cells the value
-    is below 0 by about the mean within-distance times 2/n.
+    What depends on the real cells only (bandwidth, within-terms, neighbours, covariances) is computed once, on first
+    use, for all predictions.
 
     Parameters
     ----------
-    x, y
-        Cells x features, in a space fitted on other cells (see :func:`fit_projection`).
-    within_x, within_y
-        The within-terms where already known (:func:`within_distance`).
-
-    Returns
-    -------
-    The distance; NaN if either side has fewer than two cells.
+    real
+        One block of cells x features per condition, in the space to compare in (:class:`Projection`).
+    bandwidth
+        Sigma of the RBF kernels of all conditions; by default the median distance of the pooled real cells.
+    k
+        Neighbours that span a ball of precision, recall, density and coverage.
+    max_cells
+        Cells of a condition that W1, W2 and the neighbour metrics take; more are drawn from.
+    max_cells_kernel
+        The same for MMD^2 and the energy distance.
+    seed
+        Seed of the draws.
 
     Raises
     ------
     DataError
-        If the numbers of features differ.
+        If the features differ between conditions, or a value is not finite.
     """
-    from scipy.spatial.distance import cdist
 
-    a, b = _pair(x, y)
-    if min(len(a), len(b)) < 2:
-        return float("nan")
-    within = (within_distance(a) if within_x is None else within_x) + (
-        within_distance(b) if within_y is None else within_y
-    )
-    return float(2.0 * cdist(a, b).mean() - within)
+    def __init__(
+        self,
+        real: Sequence[Any],
+        *,
+        bandwidth: float | None = None,
+        k: int = NEIGHBOURS,
+        max_cells: int = 2000,
+        max_cells_kernel: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        blocks, _ = check_blocks(real, real)
+        self.k, self.seed, self.max_cells, self.max_cells_kernel = k, seed, max_cells, max_cells_kernel
+        self.n_cells = np.array([len(block) for block in blocks], dtype=np.int64)
+        self._kernel_blocks = [subset(block, max_cells_kernel, seed, 0) for block in blocks]
+        self._blocks = [subset(block, max_cells, seed, 0) for block in blocks]
+        self._gaussians = gaussians(blocks)
+        if bandwidth is None and blocks:
+            bandwidth = median_distance(np.vstack(blocks), seed=seed)
+        self.bandwidth = float("nan") if bandwidth is None else float(bandwidth)
+        self._bandwidths = rbf_bandwidths(self.bandwidth, MULTI_SCALES)
+
+    @cached_property
+    def _within(self) -> Any:
+        return within_means(self._kernel_blocks, self._bandwidths, distance=True)
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        return neighbours_within(self._blocks, self.k)
+
+    def compare(self, pred: Sequence[Any], metrics: Sequence[str] = DISTRIBUTION_METRICS) -> dict[str, np.ndarray]:
+        """Compute distribution metrics of all conditions.
+
+        Parameters
+        ----------
+        pred
+            One block of cells x features per condition, in the order of the real ones.
+        metrics
+            Which of :data:`DISTRIBUTION_METRICS`: ``mmd2`` (RBF, unbiased), ``mmd2_multi`` (mean over
+            :data:`MULTI_SCALES`), ``energy_distance`` (unbiased), ``w1`` and ``w2`` (exact), ``frechet_distance`` (not
+            rooted), and the neighbour metrics, at equal numbers of cells.
+
+        Returns
+        -------
+        One array (conditions,) per metric, NaN where undefined, and the numbers of cells ``n_real`` and ``n_pred``,
+        those that W1 and W2 took after the draw (``n_real_used``, ``n_pred_used``; the neighbour metrics take the
+        lesser of both on each side), and ``n_shared``: predicted cells equal to a real one, NaN without neighbour
+        metrics.
+
+        Raises
+        ------
+        DataError
+            If a metric is unknown, or conditions or features do not fit the real ones.
+        """
+        from threadpoolctl import threadpool_limits
+
+        unknown = set(metrics) - set(DISTRIBUTION_METRICS)
+        if unknown:
+            raise DataError(f"unknown metrics {sorted(unknown)}; use some of {DISTRIBUTION_METRICS}")
+        _, blocks = check_blocks(self._blocks, pred)
+        used = [subset(block, self.max_cells, self.seed, 1) for block in blocks]
+        out: dict[str, np.ndarray] = {}
+        # the products are small: threads would wait for each other
+        with threadpool_limits(limits=1, user_api="blas"):
+            if set(metrics) & set(KERNEL_METRICS):
+                out |= self._kernels(blocks)
+            if "frechet_distance" in metrics:
+                out["frechet_distance"] = frechet_of(self._gaussians, gaussians(blocks))
+            for name, p in (("w1", 1), ("w2", 2)):
+                if name in metrics:
+                    values = [wasserstein(a, b, p=p) for a, b in zip(self._blocks, used, strict=True)]
+                    out[name] = np.array(values, dtype=np.float64)
+            near = self._near(used) if set(metrics) & set(NEIGHBOUR_METRICS) else {}
+        out |= near
+        chosen = {name: out[name] for name in DISTRIBUTION_METRICS if name in metrics}
+        return {
+            **chosen,
+            "n_real": self.n_cells.copy(),
+            "n_pred": np.array([len(block) for block in blocks], dtype=np.int64),
+            "n_real_used": np.array([len(block) for block in self._blocks], dtype=np.int64),
+            "n_pred_used": np.array([len(block) for block in used], dtype=np.int64),
+            "n_shared": near.get("n_shared", np.full(len(blocks), np.nan)),
+        }
+
+    def _kernels(self, pred: list[np.ndarray]) -> dict[str, np.ndarray]:
+        blocks = [subset(block, self.max_cells_kernel, self.seed, 1) for block in pred]
+        y = within_means(blocks, self._bandwidths, distance=True)
+        between = cross_means(self._kernel_blocks, blocks, self._bandwidths, distance=True)
+        sizes = (np.array([len(block) for block in side]) for side in (self._kernel_blocks, blocks))
+        by_scale = mmd2_of(self._within, y, between, *sizes)
+        return {
+            "mmd2": by_scale[:, MULTI_SCALES.index(1.0)],
+            "mmd2_multi": by_scale.mean(axis=1),
+            "energy_distance": energy_of(self._within, y, between),
+        }
+
+    def _near(self, pred: list[np.ndarray]) -> dict[str, np.ndarray]:
+        pairs = [equal_sizes(a, b, self.seed) for a, b in zip(self._blocks, pred, strict=True)]
+        real = [a for a, _ in pairs]
+        drawn = [i for i, a in enumerate(real) if a is not self._blocks[i]]
+        known = self._neighbours
+        again = neighbours_within([real[i] for i in drawn], self.k)
+        nearest, radius = list(known.nearest), list(known.radius)
+        for i, low, high in zip(drawn, again.nearest, again.radius, strict=True):
+            nearest[i], radius[i] = low, high
+        return neighbour_scores(real, [b for _, b in pairs], k=self.k, real_neighbours=Neighbours(nearest, radius))
 
 
-def wasserstein(x: Any, y: Any) -> float:
-    r"""Exact 2-Wasserstein distance with equal weights, rooted.
-
-    :math:`W_2 = \sqrt{\min_\pi \sum_{ij} \pi_{ij} \|x_i - y_j\|^2}` (POT, network simplex). Best value 0, no upper
-    bound. The value between two samples of one distribution is far from 0 and falls slowly with n: print that floor
-    at the same n beside it.
+def distribution_table(
+    real: Sequence[Any] | DistributionReference,
+    pred: Sequence[Any],
+    *,
+    metrics: Sequence[str] = DISTRIBUTION_METRICS,
+    bandwidth: float | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Compute distribution metrics of many conditions; see :meth:`DistributionReference.compare`.
 
     Parameters
     ----------
-    x, y
-        Cells x features.
+    real
+        One block of cells x features per condition, or the reference made of them, which serves many predictions.
+    pred
+        One block per condition, in the same order.
+    metrics
+        Which metrics.
+    bandwidth, seed
+        As in :class:`DistributionReference`; not with a reference that is given.
 
     Returns
     -------
-    The distance, in units of the features; NaN if either side is empty.
+    One array (conditions,) per metric, and numbers of cells.
 
     Raises
     ------
     DataError
-        If the numbers of features differ.
+        As in :meth:`DistributionReference.compare`, or if a bandwidth is given with a reference.
     """
-    from ot import emd2, unif
-    from scipy.spatial.distance import cdist
-
-    a, b = _pair(x, y)
-    if not (len(a) and len(b)):
-        return float("nan")
-    cost = emd2(unif(len(a)), unif(len(b)), cdist(a, b, "sqeuclidean"), numItermax=1_000_000)
-    return float(np.sqrt(max(float(cost), 0.0)))
+    if isinstance(real, DistributionReference):
+        if bandwidth is not None:
+            raise DataError("the reference has its bandwidth already; give the bandwidth where it is made")
+        return real.compare(pred, metrics)
+    return DistributionReference(real, bandwidth=bandwidth, seed=seed).compare(pred, metrics)

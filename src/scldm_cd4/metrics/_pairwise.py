@@ -1,0 +1,235 @@
+"""Squared distances between the cells of many conditions, in blocks that fit the cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.metrics._pseudobulk import as_matrix, dense
+
+BLOCK = 1 << 15
+"""Entries of a block of distances: 256 kB of float64, which stays in the cache."""
+EQUAL = 1e-13
+"""Squared distances below this share of the largest squared norms are rounding: the cells are equal."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Squared distances of some rows of some conditions.
+
+    Attributes
+    ----------
+    index
+        Which conditions, (b,).
+    rows, columns
+        Which cells of each side.
+    squares
+        Squared Euclidean distances, (b, rows, columns); meaningless where a mask is False. May be overwritten.
+    row_mask, column_mask
+        Which entries are cells and not padding, (b, rows) and (b, columns).
+    """
+
+    index: np.ndarray
+    rows: slice
+    columns: slice
+    squares: np.ndarray
+    row_mask: np.ndarray
+    column_mask: np.ndarray
+
+
+def aligned(real: Any, pred: Any) -> tuple[Any, Any]:
+    """Take the matrices of two populations, the genes of the second in the order of the first.
+
+    Parameters
+    ----------
+    real, pred
+        Matrices or AnnData (whose ``X`` holds log-normalised values), cells x features.
+
+    Returns
+    -------
+    Two matrices, dense or CSR.
+
+    Raises
+    ------
+    DataError
+        If the numbers or the names of the features differ.
+    """
+    if hasattr(real, "var_names") and hasattr(pred, "var_names"):
+        pred = pred[:, gene_order(real.var_names, pred.var_names)]
+    a, b = as_matrix(real), as_matrix(pred)
+    if a.shape[1] != b.shape[1]:
+        raise DataError(
+            f"the two populations have {a.shape[1]} and {b.shape[1]} features; project both in the same way"
+        )
+    return a, b
+
+
+def gene_order(wanted: Any, given: Any) -> np.ndarray:
+    """Positions of the wanted genes among the given ones, which must be the same set of unique names.
+
+    Raises
+    ------
+    DataError
+        If names are duplicated, or one side has a gene that the other has not.
+    """
+    import pandas as pd
+
+    left, right = pd.Index(wanted).astype(str), pd.Index(given).astype(str)
+    for names in (left, right):
+        if not names.is_unique:
+            raise DataError(f"gene names must be unique; {names[names.duplicated()][0]!r} occurs more than once")
+    missing, extra = left.difference(right), right.difference(left)
+    if len(missing) or len(extra):
+        raise DataError(
+            f"the two sides must have the same genes: {len(missing)} are missing {list(missing[:3])} and {len(extra)} "
+            f"are in excess {list(extra[:3])}; subset both to the same genes first"
+        )
+    return np.asarray(right.get_indexer(left))
+
+
+def pair(real: Any, pred: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Take two populations as float64 arrays over the same features (see :func:`aligned`)."""
+    a, b = (dense(matrix) for matrix in aligned(real, pred))
+    return check_finite(a, "the first population"), check_finite(b, "the second population")
+
+
+def check_finite(values: np.ndarray, what: str) -> np.ndarray:
+    """Refuse values that are NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise DataError(f"{what} has values that are not finite; remove or repair these cells first")
+    return values
+
+
+def check_blocks(real: Sequence[Any], pred: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Take two lists of populations, one per condition, over the same features.
+
+    Raises
+    ------
+    DataError
+        If the lists differ in length, or any two populations in their number of features.
+    """
+    sides = []
+    for name, blocks in (("real", real), ("predicted", pred)):
+        arrays = [dense(as_matrix(block)) for block in blocks]
+        for i, array in enumerate(arrays):
+            check_finite(array, f"{name} condition {i}")
+        sides.append(arrays)
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(f"{len(sides[0])} real and {len(sides[1])} predicted conditions; give one block of each")
+    widths = {array.shape[1] for side in sides for array in side}
+    if len(widths) > 1:
+        raise DataError(f"the conditions have {sorted(widths)} features; project all in the same way")
+    return sides[0], sides[1]
+
+
+def subset(values: Any, max_cells: int | None, seed: int, side: int) -> Any:
+    """Draw at most ``max_cells`` rows without replacement, in their order; all of them with None."""
+    if max_cells is None or values.shape[0] <= max_cells:
+        return values
+    chosen = np.random.default_rng([seed, side]).choice(values.shape[0], max_cells, replace=False)
+    return values[np.sort(chosen)]
+
+
+def equal_sizes(a: Any, b: Any, seed: int) -> tuple[Any, Any]:
+    """Draw cells of the larger side so that both have the same number."""
+    n = min(a.shape[0], b.shape[0])
+    return subset(a, n, seed, 0), subset(b, n, seed, 1)
+
+
+def cross_blocks(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Iterator[Block]:
+    """Give the squared distances of every cell of ``a[i]`` to every cell of ``b[i]``, for all i.
+
+    Conditions of similar size share one product. Nothing larger than a block (or one row) is allocated.
+
+    Parameters
+    ----------
+    a, b
+        One array per condition, cells x features.
+
+    Yields
+    ------
+    Blocks that together hold every pair once. Conditions without cells on a side do not occur.
+    """
+    sizes = np.array([[len(x), len(y)] for x, y in zip(a, b, strict=True)]).reshape(-1, 2)
+    for index in _batches(sizes):
+        centre = [0.5 * (a[i].mean(axis=0) + b[i].mean(axis=0)) for i in index]
+        left, left_mask = _stack([a[i] - c for i, c in zip(index, centre, strict=True)])
+        right, right_mask = _stack([b[i] - c for i, c in zip(index, centre, strict=True)])
+        yield from _products(index, left, left_mask, right, right_mask, triangle=False)
+
+
+def within_blocks(a: Sequence[np.ndarray], *, triangle: bool) -> Iterator[Block]:
+    """Give the squared distances between the cells of ``a[i]``, for all i.
+
+    Parameters
+    ----------
+    a
+        One array per condition, cells x features.
+    triangle
+        Give only the columns from the first row of the block on, as the rest is their mirror image.
+
+    Yields
+    ------
+    Blocks; the distance of a cell to itself is exactly 0.
+    """
+    sizes = np.array([[len(x), len(x)] for x in a]).reshape(-1, 2)
+    for index in _batches(sizes):
+        cells, mask = _stack([a[i] - a[i].mean(axis=0) for i in index])
+        for block in _products(index, cells, mask, cells, mask, triangle=triangle):
+            n = block.squares.shape[1]
+            offset = block.rows.start - block.columns.start
+            block.squares[:, np.arange(n), offset + np.arange(n)] = 0.0
+            yield block
+
+
+def _batches(sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Group conditions of similar size so that a batch of them fills one block, or a few."""
+    order = np.lexsort((sizes[:, 1], sizes[:, 0]))
+    order = order[sizes[order].min(axis=1) > 0] if len(order) else order
+    start = 0
+    while start < len(order):
+        n, m = sizes[order[start]]
+        stop = start + 1
+        while stop < len(order):
+            rows, columns = max(n, sizes[order[stop], 0]), max(m, sizes[order[stop], 1])
+            padded = rows * columns * (stop - start + 1)
+            if padded > 8 * BLOCK or padded > 1.5 * sizes[order[start : stop + 1]].prod(axis=1).sum():
+                break
+            n, m, stop = rows, columns, stop + 1
+        yield order[start:stop]
+        start = stop
+
+
+def _stack(cells: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pad conditions with zeros to one array (b, n, d), and say which rows are cells."""
+    sizes = np.array([len(x) for x in cells])
+    out = np.zeros((len(cells), int(sizes.max()), cells[0].shape[1]))
+    for target, x in zip(out, cells, strict=True):
+        target[: len(x)] = x
+    return out, np.arange(out.shape[1]) < sizes[:, None]
+
+
+def _products(
+    index: np.ndarray,
+    left: np.ndarray,
+    left_mask: np.ndarray,
+    right: np.ndarray,
+    right_mask: np.ndarray,
+    *,
+    triangle: bool,
+) -> Iterator[Block]:
+    """Multiply (-2a, |a|^2, 1) by (b, 1, |b|^2), which is the squared distance in one product."""
+    a_norm, b_norm = (np.einsum("bnd,bnd->bn", x, x)[..., None] for x in (left, right))
+    a = np.concatenate([-2.0 * left, a_norm, np.ones_like(a_norm)], axis=2)
+    b = np.concatenate([right, np.ones_like(b_norm), b_norm], axis=2).swapaxes(1, 2)
+    tolerance = EQUAL * (a_norm.max() + b_norm.max())
+    n, m = a.shape[1], b.shape[2]
+    step = max(1, min(n, BLOCK // (len(index) * m)))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        columns = slice(start if triangle else 0, m)
+        squares = np.matmul(a[:, rows], b[:, :, columns])
+        squares *= squares > tolerance
+        yield Block(index, rows, columns, squares, left_mask[:, rows], right_mask[:, columns])
