@@ -102,12 +102,22 @@ def encode(
 
 
 @torch.no_grad()
-def decode_means(vae: VAE, latents: Tensor, library: Tensor) -> Tensor:
-    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), without effects of labels, in batches."""
+def decode_means(vae: VAE, latents: Tensor, library: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Means (n, G) on the CPU of latents (n, S, L) at library sizes (n, 1), in batches.
+
+    Labels (n, 3) add their effects where the network has any; None adds none.
+    """
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
     out = [
-        vae.decode(latents[index].to(device), genes, library[index].to(device))[0].float().cpu()
+        vae.decode(
+            latents[index].to(device),
+            genes,
+            library[index].to(device),
+            None if labels is None else labels[index].to(device),
+        )[0]
+        .float()
+        .cpu()
         for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes)))
     ]
     return torch.cat(out)

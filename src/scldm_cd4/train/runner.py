@@ -219,12 +219,15 @@ class _Job:
             validation_batch_size=inference_batch_size(vae.n_genes),
             constants={"mean_profile_nll": mean_profile},
         )
-        if config.refit_theta:
-            generator = np.random.default_rng(key_seed(self.seed, 15))
-            self.result.theta_refitted = refit_theta(vae, batches(rows, 18), generator, held_out)
         if vae.config.label_rank and self.cells.labels is not None:
             known = np.sort(np.concatenate([rows, self.split.validation]))
             set_label_effects(vae, self.cells, known, np.random.default_rng(key_seed(self.seed, 19)))
+        if config.refit_theta:
+            generator = np.random.default_rng(key_seed(self.seed, 15))
+            whole = [
+                CountBatches(self.cells, r, expressed=vae.config.encode == "expressed") for r in (rows, self.held_out)
+            ]
+            self.result.theta_refitted = refit_theta(vae, whole[0], generator, whole[1] if len(self.held_out) else None)
         if result.interrupted:
             return
         self.result.latent_use = use = latent_use(vae, compared, mean_profile)

@@ -35,11 +35,10 @@ def fit_theta(x: Tensor, mu: Tensor, n_iterations: int = 15) -> Tensor:
     """
     low, high = (torch.full(x.shape[1:], math.log(b), dtype=torch.float64, device=x.device) for b in BOUNDS)
     u = moment_theta(x, mu).double().clamp(*BOUNDS).log()
-    row, gene = torch.nonzero(x, as_tuple=True)
-    positive = x[row, gene].double()
+    positive = _positive_counts(x)
     for _ in range(n_iterations):
         theta = u.exp()
-        first, second = _derivatives(theta, x, mu, gene, positive)
+        first, second = _derivatives(theta, x, mu, *positive)
         slope, curvature = theta * first, theta * theta * second + theta * first
         low, high = torch.where(slope > 0, u, low), torch.where(slope > 0, high, u)
         step = u - slope / curvature
@@ -48,16 +47,27 @@ def fit_theta(x: Tensor, mu: Tensor, n_iterations: int = 15) -> Tensor:
     return torch.where(x.sum(0) > 0, u.exp(), BOUNDS[1]).to(mu.dtype)
 
 
-def _derivatives(theta: Tensor, x: Tensor, mu: Tensor, gene: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the log-likelihood by theta (G,), digammas taken at positive counts only."""
+def _positive_counts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Different pairs of gene and positive count: genes, counts, and how many cells have them (P,) each."""
+    row, gene = torch.nonzero(x, as_tuple=True)
+    count = x[row, gene].round().long()
+    base = int(count.max()) + 1 if len(count) else 1
+    pairs, n_cells = torch.unique(gene * base + count, return_counts=True)
+    return pairs // base, (pairs % base).double(), n_cells.double()
+
+
+def _derivatives(
+    theta: Tensor, x: Tensor, mu: Tensor, gene: Tensor, count: Tensor, n_cells: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the log-likelihood by theta (G,), digammas taken once per gene and count."""
     t = theta.to(mu.dtype)
     total = t + mu
     n = x.shape[0]
     first = n * (theta.log() + 1) - (total.log() + (t + x) / total).sum(0, dtype=torch.float64)
     second = n / theta - (2 / total - (t + x) / total.square()).sum(0, dtype=torch.float64)
-    shifted = positive + theta[gene]
+    shifted = count + theta[gene]
     for out, f in ((first, torch.digamma), (second, lambda v: torch.polygamma(1, v))):
-        out.index_add_(0, gene, f(shifted) - f(theta)[gene])
+        out.index_add_(0, gene, n_cells * (f(shifted) - f(theta)[gene]))
     return first, second
 
 
@@ -93,10 +103,13 @@ def refit_theta(
 ) -> bool:
     """Fit the table of dispersions to the means that the trained networks give for a sample of the training cells.
 
+    Training leaves them for cells of which the encoder saw a part, whose means are less sure; cells are generated from
+    latents of whole cells, and the wider spread of the others would bias the mean logarithms of rare genes.
+
     Parameters
     ----------
     data
-        Training cells.
+        Training cells, not split.
     generator
         Draws the sample.
     held_out
@@ -137,4 +150,5 @@ def _targets_and_means(vae: VAE, data: CountBatches) -> tuple[Tensor, Tensor]:
     size = inference_batch_size(vae.n_genes)
     latents = encode(vae, data, batch_size=size)
     x = torch.cat([data[index]["target"] for index in chunks(len(data), size)])
-    return x, decode_means(vae, latents, x.sum(1, keepdim=True))
+    labels = None if data.cells.labels is None else torch.from_numpy(data.cells.labels[data.rows])
+    return x, decode_means(vae, latents, x.sum(1, keepdim=True), labels)
