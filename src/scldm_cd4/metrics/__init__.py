@@ -1,6 +1,7 @@
 """Metrics of generated cells: AnnData or arrays in, numbers and tables out. Knows nothing of the model."""
 
-from scldm_cd4.metrics._de import context_test, de_genes, de_recovery
+from scldm_cd4.metrics._de import DETests, context_test, control_ranks, de_genes, de_recovery, de_tests
+from scldm_cd4.metrics._de_recovery import area_under_curves, de_table
 from scldm_cd4.metrics._delta import chance_level, context_delta, pearson_delta, safe_pearson
 from scldm_cd4.metrics._discrimination import discrimination, effect_distances
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference, distribution_table
@@ -27,7 +28,15 @@ from scldm_cd4.metrics._pseudobulk import (
     target_mask,
 )
 from scldm_cd4.metrics._ranks import ControlRanks, benjamini_hochberg, combine_tests
-from scldm_cd4.metrics._reconstruction import intercept_nb, mse, nb_error, pcc
+from scldm_cd4.metrics._reconstruction import (
+    intercept_nb,
+    mse,
+    nb_error,
+    pcc,
+    reconstruction,
+    sample_counts,
+    zeros_accuracy,
+)
 from scldm_cd4.metrics._score import Anchored, anchored_score, mean_and_error
 from scldm_cd4.metrics._wasserstein import wasserstein
 from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, welch_scores_versus_rest
@@ -35,12 +44,14 @@ from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, 
 __all__ = [
     "Anchored",
     "ControlRanks",
+    "DETests",
     "DISTRIBUTION_METRICS",
     "DistributionReference",
     "MULTI_SCALES",
     "Projection",
     "Pseudobulks",
     "anchored_score",
+    "area_under_curves",
     "benjamini_hochberg",
     "chance_level",
     "combine_tests",
@@ -48,8 +59,11 @@ __all__ = [
     "context_delta",
     "context_test",
     "control_halves",
+    "control_ranks",
     "de_genes",
     "de_recovery",
+    "de_table",
+    "de_tests",
     "discrimination",
     "distribution_table",
     "effect_distances",
@@ -79,11 +93,14 @@ __all__ = [
     "r2",
     "r2_mean",
     "r2_variance",
+    "reconstruction",
     "safe_pearson",
+    "sample_counts",
     "target_mask",
     "top_genes",
     "wasserstein",
     "welch_scores",
     "welch_scores_versus_rest",
     "within_distance",
+    "zeros_accuracy",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._delta import chance_level
-from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks, as_matrix, condition_codes, pseudobulks
+from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks, as_matrix, pseudobulks
 from scldm_cd4.metrics._rows import centred_rows, cosine_rows, pearson_rows, spearman_rows
 from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, welch_scores_versus_rest
 
@@ -275,13 +275,13 @@ def _versus_training(
 
 
 def control_halves(
-    values: Any, labels: Any, *, control: str, counts: Any = None, seed: int = 0
+    values: Any, codes: np.ndarray, keys: Sequence[Key], *, control: str, counts: Any = None, seed: int = 0
 ) -> tuple[Pseudobulks, Pseudobulks]:
     """Pseudobulks of two disjoint halves of the control cells of each context.
 
     Parameters
     ----------
-    values, labels, counts
+    values, codes, keys, counts
         As for :func:`pseudobulks`.
     control
         Label of the control.
@@ -290,20 +290,20 @@ def control_halves(
 
     Returns
     -------
-    The two halves; a context with a single control cell is in the first only.
+    The two halves. A context with a single control cell is in the first only.
     """
-    codes, keys = condition_codes(labels)
-    matrix, raw = as_matrix(values), None if counts is None else as_matrix(counts)
-    columns = np.array(keys, dtype=str)[codes].T
-    rng, order = np.random.default_rng(seed), np.arange(len(codes))
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for code, key in enumerate(keys):
-        if key[-1] == control:
-            cells = rng.permutation(order[codes == code])
-            for side, part in zip(sides, (cells[0::2], cells[1::2]), strict=True):
-                side.append(np.sort(part))
-    picked = [np.concatenate([*side, np.empty(0, dtype=np.int64)]) for side in sides]
-    first, second = (
-        pseudobulks(matrix[rows], columns[:, rows], counts=None if raw is None else raw[rows]) for rows in picked
-    )
-    return first, second
+    rng, codes = np.random.default_rng(seed), np.asarray(codes)
+    controls = [code for code, key in enumerate(keys) if key[-1] == control]
+    sides = np.full((2, len(codes)), -1)
+    for label, code in enumerate(controls):
+        cells = rng.permutation(np.flatnonzero(codes == code))
+        sides[0, cells[0::2]] = sides[1, cells[1::2]] = label
+    halves = []
+    for side in sides:
+        present = np.unique(side[side >= 0])
+        rows = np.flatnonzero(side >= 0)
+        local = np.searchsorted(present, side[rows])
+        raw = None if counts is None else as_matrix(counts)[rows]
+        own = [keys[controls[label]] for label in present]
+        halves.append(pseudobulks(as_matrix(values)[rows], local, own, counts=raw))
+    return halves[0], halves[1]

@@ -212,15 +212,24 @@ def condition_codes(labels: Any) -> tuple[np.ndarray, tuple[Key, ...]]:
     return codes.ravel(), keys
 
 
-def pseudobulks(values: Any, labels: Any, *, counts: Any = None) -> Pseudobulks:
+def present_conditions(codes: np.ndarray, keys: Sequence[Key]) -> tuple[np.ndarray, tuple[Key, ...]]:
+    """Leave out the conditions without cells: new codes and keys; cells with a negative code get -1."""
+    present = np.unique(codes[codes >= 0])
+    local = np.full(len(keys) + 1, -1)
+    local[present] = np.arange(len(present))
+    return local[np.where(codes >= 0, codes, len(keys))], tuple(keys[code] for code in present)
+
+
+def pseudobulks(values: Any, codes: np.ndarray, keys: Sequence[Key], *, counts: Any = None) -> Pseudobulks:
     """Sum up cells by condition in one pass over chunks of cells.
 
     Parameters
     ----------
     values
         Log-normalised values, cells x genes; sparse stays sparse.
-    labels
-        See :func:`condition_codes`.
+    codes, keys
+        Condition of each cell and labels of each condition, from :func:`condition_codes`. Cells with a negative code
+        are left out.
     counts
         Raw counts of the same cells, for the logarithm of summed counts. The mean of logarithms falls with the
         dispersion of the cells, the logarithm of sums does not.
@@ -232,18 +241,18 @@ def pseudobulks(values: Any, labels: Any, *, counts: Any = None) -> Pseudobulks:
     Raises
     ------
     DataError
-        If labels or counts do not match the cells.
+        If codes or counts do not match the cells.
     """
-    matrix = as_matrix(values)
-    codes, keys = condition_codes(labels)
+    matrix, codes = as_matrix(values), np.asarray(codes)
     if codes.shape != (matrix.shape[0],):
-        raise DataError(f"{len(codes)} labels for {matrix.shape[0]} cells; give one per cell and column")
-    n = np.bincount(codes, minlength=len(keys))
+        raise DataError(f"{codes.shape} condition codes for {matrix.shape[0]} cells; give one code per cell")
+    codes, keys = present_conditions(codes, keys)
+    n = np.bincount(codes[codes >= 0], minlength=len(keys))
     means, squares = np.zeros((len(keys), matrix.shape[1])), np.zeros((len(keys), matrix.shape[1]))
     for rows, present, indicator in _indicators(codes):
         chunk = matrix[rows]
         means[present] += dense(indicator @ chunk)
-        squares[present] += dense(indicator @ (chunk.power(2) if sp.issparse(chunk) else np.square(chunk)))
+        squares[present] += dense(indicator @ _squared(chunk))
     means /= n[:, None]
     squares -= n[:, None] * np.square(means)
     np.maximum(squares, 0.0, out=squares)
@@ -252,13 +261,18 @@ def pseudobulks(values: Any, labels: Any, *, counts: Any = None) -> Pseudobulks:
     return Pseudobulks(keys, means, squares, n, *bulk)
 
 
+def _squared(values: Any) -> Any:
+    return values.power(2) if sp.issparse(values) else np.square(values)
+
+
 def _indicators(codes: np.ndarray) -> Iterator[tuple[slice, np.ndarray, sp.csr_matrix]]:
     """Give rows, conditions present in them, and the matrix that sums these rows by condition."""
     for start in range(0, len(codes), CHUNK):
         rows = slice(start, min(start + CHUNK, len(codes)))
-        present, local = np.unique(codes[rows], return_inverse=True)
-        size = len(local)
-        yield rows, present, sp.csr_matrix((np.ones(size), (local, np.arange(size))), shape=(len(present), size))
+        used = np.flatnonzero(codes[rows] >= 0)
+        present, local = np.unique(codes[rows][used], return_inverse=True)
+        shape = (len(present), rows.stop - rows.start)
+        yield rows, present, sp.csr_matrix((np.ones(len(used)), (local, used)), shape=shape)
 
 
 def _log_sums(counts: Any, codes: np.ndarray, n: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -273,7 +287,7 @@ def _log_sums(counts: Any, codes: np.ndarray, n: np.ndarray, shape: tuple[int, .
     for rows, present, indicator in _indicators(codes):
         sums[present] += dense(indicator @ matrix[rows].astype(np.float64))
     logs = np.log1p(_scaled(sums))
-    noise, order = np.zeros(len(n)), np.argsort(codes, kind="stable")
+    noise, order = np.zeros(len(n)), np.argsort(codes, kind="stable")[-n.sum() :]
     for code, cells in enumerate(np.split(order, np.cumsum(n)[:-1])):
         first, second = np.zeros(shape[1]), np.zeros(shape[1])
         for start in range(0, len(cells), 256):

@@ -53,10 +53,18 @@ class ControlRanks:
     ----------
     control
         Normalised values of the control cells, cells x genes, dense or sparse.
+
+    Attributes
+    ----------
+    values
+        The control cells.
+    n_cells, n_genes
+        Their number, and the number of genes.
     """
 
     def __init__(self, control: Any) -> None:
-        values = _columns(as_matrix(control))
+        self.values = as_matrix(control)
+        values = _columns(self.values)
         self.n_cells, self.n_genes = values.shape
         self._values, self._starts = values.data, values.indptr
         for start, stop in _segments(self._starts):

@@ -121,8 +121,7 @@ class Sample:
 
     def pseudobulks(self) -> Pseudobulks:
         """Moments of every condition."""
-        labels = list(np.array(self.keys, dtype=str).reshape(len(self.keys), -1)[self.codes].T)
-        return pseudobulks(self.values, labels, counts=self.counts)
+        return pseudobulks(self.values, self.codes, self.keys, counts=self.counts)
 
 
 def join(samples: Sequence[Sample]) -> Sample:
