@@ -1,23 +1,20 @@
-"""What every use of a model stands on: state, device, saving, loading, looking at it."""
+"""What every use of a model stands on: state, device, looking at it."""
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from scldm_cd4 import __version__
-from scldm_cd4._errors import CheckpointError, DataError, NotTrainedError
+from scldm_cd4._errors import DataError, NotTrainedError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
-from scldm_cd4.checkpoint.native import load_folder
+from scldm_cd4._storage import Storage
 from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
-from scldm_cd4.data.setup import require_anndata
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
@@ -26,11 +23,9 @@ from scldm_cd4.sampling import Sampling
 from scldm_cd4.train.runner import check_keywords
 
 
-class ModelBase:
+class ModelBase(Storage):
     """A model without its verbs."""
 
-    adata: Any
-    _state: State
     _device: torch.device
 
     def _start(self, state: State, adata: Any, device: Any) -> None:
@@ -39,77 +34,6 @@ class ModelBase:
         self._split: Split | None = None
         self._hash: str | None = None
         self.to_device(device)
-
-    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder of safetensors and JSON.
-
-        Raises
-        ------
-        NotTrainedError
-            Nothing is trained yet.
-        FileExistsError
-            There is something at the path, and it may not be replaced.
-        CheckpointError
-            The folder cannot be written.
-        """
-        self._require("vae")
-        self._state.save(dir_path, overwrite=overwrite)
-
-    @classmethod
-    def load(cls, dir_path: str | Path, adata: Any = None, *, device: Any = None) -> Self:
-        """Read a model from a folder.
-
-        Parameters
-        ----------
-        dir_path
-            The folder.
-        adata
-            Cells for the methods that take none; generation needs none.
-        device
-            ``auto``, ``cpu``, ``cuda:0`` and the like.
-
-        Returns
-        -------
-        A new model, also when called on an instance.
-
-        Raises
-        ------
-        CheckpointError
-            The folder is missing, damaged, or of an unknown format.
-        DataError
-            `dir_path` is no path, or `adata` is no AnnData.
-        """
-        if not isinstance(dir_path, str | os.PathLike):
-            raise DataError(
-                "load takes the folder of a saved model first, then the cells: CD4Model.load(folder, adata); got "
-                f"{type(dir_path).__name__} as folder"
-            )
-        if adata is not None:
-            require_anndata(adata)
-        model = cls.__new__(cls)
-        model._start(State.load(dir_path), adata, settings.device if device is None else device)
-        return model
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: Any = None) -> Self:
-        """Read a model from a local folder that `save` wrote.
-
-        Raises
-        ------
-        CheckpointError
-            There is no such folder. Names on a hub and the released layout are not read yet.
-        """
-        if not Path(path).expanduser().is_dir():
-            raise CheckpointError(
-                f"there is no folder {str(path)!r}. Models on a hub and the layout of the released scLDM.CD4 files "
-                "are not read yet: give a folder that CD4Model.save wrote"
-            )
-        return cls.load(path, device=device)
-
-    @staticmethod
-    def load_registry(dir_path: str | Path) -> dict[str, Any]:
-        """Return genes, vocabularies and training evidence of a saved model as plain values."""
-        return load_folder(dir_path).registry
 
     @property
     def registry(self) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from scldm_cd4 import __version__
 from scldm_cd4._errors import CheckpointError, TrainingError
+from scldm_cd4.checkpoint.export import export_reference
 from scldm_cd4.checkpoint.native import load_folder, save_folder
+from scldm_cd4.checkpoint.pretrained import Pretrained
 from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
@@ -145,8 +147,29 @@ class State:
         for part in parts:
             if part not in networks:
                 raise CheckpointError(f"the saved model at {path} has an unknown part {part!r}")
-            setattr(state, part, _fill(networks[part], saved.tensors, part, path))
+            own = {k.removeprefix(f"{part}."): v for k, v in saved.tensors.items() if k.startswith(f"{part}.")}
+            try:
+                setattr(state, part, _fill(networks[part], own))
+            except RuntimeError as error:
+                raise CheckpointError(f"the weights of {path} do not fit its configuration: {error}") from error
         return state
+
+    @classmethod
+    def of(cls, found: Pretrained) -> "State":
+        """Build the networks of a checkpoint of the reference."""
+        state = cls(found.config, found.registry, record={"pretrained": found.facts})
+        with isolated_rng(0):
+            state.vae = _fill(state._new_vae(0), found.vae_state)
+            state.dit = _fill(state._new_dit(), found.dit_state) if found.dit_state else None
+        return state
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the reference's layout; see `scldm_cd4.checkpoint.export`."""
+        assert self.vae is not None
+        dit = {} if self.dit is None else self.dit.state_dict()
+        return export_reference(
+            path, self.config, self.registry, self.vae.state_dict(), dit, record=self.record, overwrite=overwrite
+        )
 
     def card(self) -> str:
         """Return a short description in Markdown; holds no data."""
@@ -198,10 +221,6 @@ def _table(columns: Mapping[str, Any]) -> pd.DataFrame:
     return table.set_index(pd.Index(columns["epoch"], dtype="int64", name="epoch"))
 
 
-def _fill(network: Any, tensors: Mapping[str, Tensor], part: str, path: str | Path) -> Any:
-    own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-    try:
-        network.load_state_dict(own)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights of {path} do not fit its configuration: {error}") from error
+def _fill(network: Any, weights: Mapping[str, Tensor]) -> Any:
+    network.load_state_dict(weights)
     return network.eval()

@@ -122,7 +122,7 @@ class CD4Model(ModelBase):
         seed = resolve_seed(seed)
         if train_size is not None:
             split = random_shares(split, train_size, validation_size)
-        cells = CellData.from_adata(self._adata(None))
+        cells = CellData.from_adata(self._adata(None), self._state.registry)
         warn_without_control(self._state.registry)
         self._split = make_split(cells, split, validation=validation_size, seed=seed)
         self._hash = None

@@ -38,6 +38,13 @@ class LibraryStats:
         quantiles = tuple(np.maximum.accumulate(np.quantile(log_library, LEVELS)).tolist())
         return cls(float(log_library.mean()), float(log_library.std()), len(log_library), quantiles)
 
+    @classmethod
+    def mixture(cls, parts: Sequence["LibraryStats"]) -> "LibraryStats":
+        """Return mean and sd of an equal mixture of groups."""
+        means = np.array([p.mean for p in parts])
+        variance = np.mean([p.sd**2 for p in parts]) + means.var()
+        return cls(float(means.mean()), float(np.sqrt(variance)), None)
+
     def draw(self, uniform: np.ndarray) -> np.ndarray:
         """Return library sizes (counts, float64) at uniform numbers in (0, 1): the inverse distribution function."""
         if self.quantiles is not None:
@@ -152,9 +159,17 @@ class SizeFactors:
                 )
             t, d = found[0]
             contexts.setdefault(t, {})[d] = LibraryStats(float(mean[key]), float(sd[key]), None)
-        by_time = {t: _mixture(list(stats.values())) for t, stats in contexts.items()}
-        overall = _mixture([s for stats in contexts.values() for s in stats.values()])
-        return cls(contexts, by_time, overall)
+        return cls.of_contexts(contexts)
+
+    @classmethod
+    def of_contexts(cls, contexts: Mapping[str, Mapping[str, LibraryStats]]) -> "SizeFactors":
+        """Take the statistics of contexts (time point -> donor) of which the cell numbers are not known.
+
+        A time point, and all cells, are then equal mixtures of their contexts.
+        """
+        by_time = {t: LibraryStats.mixture(list(stats.values())) for t, stats in contexts.items()}
+        overall = LibraryStats.mixture([s for stats in contexts.values() for s in stats.values()])
+        return cls({t: dict(stats) for t, stats in contexts.items()}, by_time, overall)
 
     def lookup(
         self, donor: str | None, timepoint: str | None
@@ -210,9 +225,3 @@ class SizeFactors:
         contexts = {t: {d: read(s) for d, s in stats.items()} for t, stats in values["contexts"].items()}
         timepoints = {t: read(s) for t, s in values["timepoints"].items()}
         return cls(contexts, timepoints, read(values["overall"]), int(values["min_cells"]))
-
-
-def _mixture(parts: Sequence[LibraryStats]) -> LibraryStats:
-    means = np.array([p.mean for p in parts])
-    variance = np.mean([p.sd**2 for p in parts]) + means.var()
-    return LibraryStats(float(means.mean()), float(np.sqrt(variance)), None)

@@ -223,11 +223,17 @@ def test_older_formats_are_migrated_or_say_who_wrote_them(folder, monkeypatch):
     assert load_folder(folder).config == {"vae": {"width": 8, "sizes": [1, 2]}, "from_1": True, "from_2": True}
 
 
-def test_links_to_files_are_read_and_other_things_are_not(folder, tmp_path):
-    blob = tmp_path / "blob"
-    shutil.move(folder / "config.json", blob)
-    (folder / "config.json").symlink_to(blob)
-    assert load_folder(folder).config["vae"]["width"] == 8  # the hub's cache is made of such links
+def test_links_of_the_cache_are_read_and_other_links_and_things_are_not(folder, tmp_path):
+    snapshot, blob = tmp_path / "models--me--it" / "snapshots" / "abc", tmp_path / "models--me--it" / "blobs" / "123"
+    blob.parent.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    shutil.move(snapshot / "config.json", blob)
+    (snapshot / "config.json").symlink_to(Path("../../blobs/123"))
+    assert load_folder(snapshot).config["vae"]["width"] == 8  # the hub's cache is made of such links
+    shutil.move(folder / "config.json", tmp_path / "elsewhere")
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"config\.json is a link out of its folder"):
+        load_folder(folder)
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -272,12 +278,12 @@ def test_a_full_disk_leaves_the_old_model(folder, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as m:
-        m.setattr(native.os, "fsync", full)
+        m.setattr(os, "fsync", full)
         with pytest.raises(CheckpointError, match=r"disk is full: .* needs \d+ MiB, \d+ MiB are free; .* untouched"):
             save_folder(folder, **contents(2.0), overwrite=True)
     with monkeypatch.context() as m:
         usage = shutil.disk_usage(folder)
-        m.setattr(native.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        m.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(CheckpointError, match="0 MiB are free"):
             save_folder(folder.parent / "a" / "b", **contents())
     assert load_folder(folder).tensors["vae.a"][0, 0] == 1.0

@@ -4,13 +4,9 @@
 holds the format version, the version of the package that wrote the folder, and size and sha256 of every other file.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +19,7 @@ from torch import Tensor
 
 from scldm_cd4 import __version__
 from scldm_cd4._errors import CheckpointError
+from scldm_cd4.checkpoint.folder import check_link, previous, write_folder
 
 FORMAT = "scldm_cd4"
 FORMAT_VERSION = 1
@@ -87,30 +84,23 @@ def save_folder(
     CheckpointError
         The disk is full or the place cannot be written.
     """
-    target = Path(path).expanduser().resolve()
     contents = {
-        TENSORS: save(_independent(tensors)),
-        **{name: _to_json(value) for name, value in zip(JSON_FILES, (config, registry, history), strict=True)},
+        TENSORS: save(independent(tensors)),
+        **{name: to_json(value) for name, value in zip(JSON_FILES, (config, registry, history), strict=True)},
         README: readme.encode(errors="replace"),
     }
     if large := [name for name in JSON_FILES if len(contents[name]) > MAX_JSON_BYTES]:
         raise CheckpointError(
             f"{', '.join(large)} would be larger than the {MAX_JSON_BYTES} bytes that can be read again"
         )
-    needed = sum(map(len, contents.values())) + MAX_MANIFEST_BYTES
-    try:
-        _recover(target)
-        conflict = _conflict(target, overwrite)
-        if conflict is None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (free := shutil.disk_usage(target.parent).free) < needed:
-                raise OSError(errno.ENOSPC, f"{free} bytes free")
-            _write_and_swap(target, contents)
-    except OSError as error:
-        raise CheckpointError(_explain(error, target, needed)) from error
-    if conflict is not None:
-        raise FileExistsError(conflict)
-    return target
+    return write_folder(
+        path,
+        contents,
+        (MANIFEST, lambda _: to_json(_manifest(contents))),
+        known=(*FILES, MANIFEST),
+        needed=sum(map(len, contents.values())) + MAX_MANIFEST_BYTES,
+        overwrite=overwrite,
+    )
 
 
 def load_folder(path: str | Path) -> Saved:
@@ -125,8 +115,8 @@ def load_folder(path: str | Path) -> Saved:
     """
     folder = Path(path).expanduser()
     try:
-        if not folder.exists() and _previous(folder.resolve()).is_dir():
-            folder = _previous(folder.resolve())  # a save was killed between its two renames
+        if not folder.exists() and previous(folder.resolve()).is_dir():
+            folder = previous(folder.resolve())  # a save was killed between its two renames
         if not folder.is_dir():
             why = "that is a file, not a folder" if folder.exists() else "no such folder"
             raise CheckpointError(f"there is no saved model at {folder}: {why}")
@@ -200,6 +190,7 @@ def _check_file(path: Path, entry: Any) -> None:
 
 
 def _regular_size(path: Path) -> int:
+    check_link(path)
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a file")
@@ -218,65 +209,6 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def _previous(target: Path) -> Path:
-    """Where the folder that is being replaced is kept for a moment."""
-    return target.with_name(f".{target.name}.previous")
-
-
-def _conflict(target: Path, overwrite: bool) -> str | None:
-    """Say why what is at the target may not be replaced; None if it may, or nothing is there."""
-    if not target.exists():
-        return None
-    if not target.is_dir():
-        return f"{target} is a file; a model is saved as a folder"
-    found = {p.name for p in target.iterdir()}
-    if not found:
-        return None
-    foreign = {name for name in found if name[0] != "."} - {*FILES, MANIFEST}
-    if MANIFEST not in found or foreign:
-        what = ", ".join(sorted(foreign)[:5]) or "no manifest"
-        return f"{target} is not a folder of a saved model alone ({what}); choose another folder"
-    return None if overwrite else f"there is a saved model at {target}; pass overwrite=True to replace it"
-
-
-def _recover(target: Path) -> None:
-    """Tidy up after a save that was killed between or after its two renames."""
-    previous = _previous(target)
-    if previous.exists():
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        else:
-            previous.rename(target)
-
-
-def _write_and_swap(target: Path, contents: dict[str, bytes]) -> None:
-    previous = _previous(target)
-    new = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
-    try:
-        new.mkdir()
-        for name, data in contents.items():
-            _write(new / name, data)
-        _write(new / MANIFEST, _to_json(_manifest(contents)))
-        _sync(new)
-        _swap(new, target, previous)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _swap(new: Path, target: Path, previous: Path) -> None:
-    if target.exists():
-        target.rename(previous)
-    try:
-        new.rename(target)
-    except BaseException:
-        if previous.exists():
-            previous.rename(target)
-        raise
-    _sync(target.parent)
-
-
 def _manifest(contents: dict[str, bytes]) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -288,42 +220,8 @@ def _manifest(contents: dict[str, bytes]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain(error: OSError, target: Path, needed: int) -> str:
-    try:
-        kept = "; the model saved there before is untouched" if (target / MANIFEST).exists() else ""
-    except OSError:
-        kept = ""
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        place = next(p for p in target.parents if p.is_dir())
-        free = shutil.disk_usage(place).free
-        return (
-            f"the disk is full: saving to {target} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
-            f"{kept}. Make room or save elsewhere"
-        )
-    return (
-        f"the model cannot be saved to {target}: {error.strerror or error}{kept}. Choose a folder that can be written"
-    )
-
-
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, no two of which share storage."""
+def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors on the CPU, no two of which share storage."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -335,17 +233,19 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode()
+def to_json(value: Any) -> bytes:
+    """Return JSON of plain values; numbers that are not finite become null."""
+    return (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return what JSON can hold."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

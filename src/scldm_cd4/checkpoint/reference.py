@@ -262,7 +262,7 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _multiple_of(width: int, hidden: int, given: Any = None) -> int:
-    """Return a rounding that gives this hidden width: the one given, else the smallest from the reference's 4 upward."""
+    """Return a rounding that gives this hidden width: the given one, else the smallest from the reference's 4 on."""
     target = int(8 * width / 3)
     first = [given] if isinstance(given, int) and given > 0 else []
     return next((m for m in (*first, 4, 8, 16, 32, 64, 128, 256, 2, 1) if -(-target // m) * m == hidden), 4)
