@@ -72,12 +72,13 @@ def effect_table(
     halves: tuple[Pseudobulks, Pseudobulks] | None = None,
     scores: np.ndarray | None = None,
     space: Space = "mean_log",
+    control_source: Literal["real", "pred"] = "real",
     top: Sequence[int] = TOP,
     allow_missing: bool = False,
 ) -> dict[str, np.ndarray]:
-    r"""All effect metrics of all conditions, against the real control of each context.
+    r"""All effect metrics of all conditions, against the control of each context.
 
-    With :math:`\delta = \bar x - \bar x_{ctrl}` on both sides (the same real control):
+    With :math:`\delta = \bar x - \bar x_{ctrl}` on both sides, by default against the same real control:
 
     ============================ ============================================================ ===============
     name                         value                                                        best, no effect
@@ -120,6 +121,8 @@ def effect_table(
         Welch t of the real condition against its control by default.
     space
         ``"mean_log"``: means of log-normalised values. ``"log_sum"``: logarithm of summed counts.
+    control_source
+        Control of the predicted deltas: the real one, or (as in cell-eval) the prediction's own.
     top
         Numbers of top genes.
     allow_missing
@@ -141,12 +144,13 @@ def effect_table(
             raise DataError(f"{name} is {given.shape}, expected {shape}: conditions x genes")
     x, real_noise = profiles(real, space)
     y, pred_noise = profiles(pred, space)
+    own = None if control_source == "real" else _own_controls(pred, matched.keys, control)
     parts = []
     for start in range(0, max(shape[0], 1), ROWS):
         rows = slice(start, start + ROWS)
         at, there, control_at = matched.real[rows], matched.pred[rows], matched.control[rows]
         keys, keep = matched.keys[rows], None if exclude is None else ~exclude[rows]
-        dx, dy = x[at] - x[control_at], y[there] - x[control_at]
+        dx, dy = x[at] - x[control_at], y[there] - (x[control_at] if own is None else y[own[rows]])
         score = welch_scores(real, at, control_at) if scores is None else np.abs(scores[rows])
         part = {
             **_correlations(dx, dy, keep),
@@ -154,9 +158,9 @@ def effect_table(
             "pearson_delta_chance": chance_level(real.n[at], real.n[control_at], pred.n[there]),
             "pearson_delta_disjoint": _disjoint(x[at], y[there], keys, halves, control, space, keep),
             "pearson_delta_pert": _versus_training(x[at], y[there], keys, train, control, space, keep),
-            **_errors(dx, dy, keep),
+            **_errors(dx, dy, x[at] - y[there], keep),
             **_weighted_errors(dx, dy, effect_weights(welch_scores_versus_rest(real, at, control), keep)),
-            **_corrected(dx, dy, keep, real_noise[at], pred_noise[there], real_noise[control_at]),
+            **_corrected(dx, x[at] - y[there], keep, real_noise[at], pred_noise[there], real_noise[control_at]),
         }
         parts.append(part)
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -190,13 +194,20 @@ def _correlations(dx: np.ndarray, dy: np.ndarray, keep: np.ndarray | None) -> di
     }
 
 
-def _errors(dx: np.ndarray, dy: np.ndarray, keep: np.ndarray | None) -> dict[str, np.ndarray]:
+def _own_controls(pred: Pseudobulks, keys: Sequence[Key], control: str) -> np.ndarray:
+    rows = pred.rows([(*key[:-1], control) for key in keys])
+    if (rows < 0).any():
+        raise DataError("control_source='pred' needs predicted control cells in every context; use 'real'")
+    return rows
+
+
+def _errors(dx: np.ndarray, dy: np.ndarray, error: np.ndarray, keep: np.ndarray | None) -> dict[str, np.ndarray]:
     size = np.full(len(dx), dx.shape[1]) if keep is None else keep.sum(axis=1)
-    error = _kept(dx - dy, keep)
-    squares = np.square(error).sum(axis=1)
+    error = _kept(error, keep)
+    squares = np.square(_kept(dx - dy, keep)).sum(axis=1)
     total = np.square(centred_rows(dx, keep)).sum(axis=1)
     return {
-        "mse": squares / size,
+        "mse": np.square(error).sum(axis=1) / size,
         "mae": np.abs(error).sum(axis=1) / size,
         "l2_delta": np.sqrt(squares),
         "r2_delta": 1.0 - np.divide(squares, total, out=np.full_like(total, np.nan), where=total > 0),
@@ -212,16 +223,16 @@ def _weighted_errors(dx: np.ndarray, dy: np.ndarray, weights: np.ndarray) -> dic
 
 def _corrected(
     dx: np.ndarray,
-    dy: np.ndarray,
+    error: np.ndarray,
     keep: np.ndarray | None,
     real_noise: np.ndarray,
     pred_noise: np.ndarray,
     control_noise: np.ndarray,
 ) -> dict[str, np.ndarray]:
     size = np.full(len(dx), dx.shape[1]) if keep is None else keep.sum(axis=1)
-    error, effect = (np.square(_kept(side, keep)).sum(axis=1) for side in (dx - dy, dx))
+    distance, effect = (np.square(_kept(side, keep)).sum(axis=1) for side in (error, dx))
     return {
-        "mse_corrected": (error - np.minimum(pred_noise, real_noise) - real_noise) / size,
+        "mse_corrected": (distance - np.minimum(pred_noise, real_noise) - real_noise) / size,
         "mse_effect": (effect - real_noise - control_noise) / size,
     }
 

@@ -90,8 +90,10 @@ def log_normalize(
         totals = np.asarray(totals, dtype=np.float64)
         if totals.shape != (matrix.shape[0],) or not (np.isfinite(totals).all() and (totals > 0).all()):
             raise DataError(f"totals {totals.shape} must be one finite, positive number for each cell")
-    factor = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
-    matrix.data = np.log1p(matrix.data * np.repeat(factor, np.diff(matrix.indptr)))
+    stored = np.repeat(totals, np.diff(matrix.indptr))
+    scaled = matrix.data * target_sum
+    # one rounding only: equal shares of unequal totals become equal values, which rank tests count as ties
+    matrix.data = np.log1p(np.divide(scaled, stored, out=np.zeros_like(scaled), where=stored > 0))
     return matrix
 
 
