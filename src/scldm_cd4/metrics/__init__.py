@@ -1,11 +1,14 @@
 """Metrics of generated cells: AnnData or arrays in, numbers and tables out. Knows nothing of the model."""
 
+from scldm_cd4.metrics import baselines, registry
+from scldm_cd4.metrics._aggregate import aggregate, bootstrap, rank_average, score
 from scldm_cd4.metrics._de import DETests, context_test, control_ranks, de_genes, de_recovery, de_tests
 from scldm_cd4.metrics._de_recovery import area_under_curves, de_table
 from scldm_cd4.metrics._delta import chance_level, context_delta, pearson_delta, safe_pearson
 from scldm_cd4.metrics._discrimination import discrimination, effect_distances
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference, distribution_table
 from scldm_cd4.metrics._effects import control_halves, effect_table
+from scldm_cd4.metrics._evaluate import evaluate
 from scldm_cd4.metrics._frechet import frechet_distance
 from scldm_cd4.metrics._memorisation import memorisation, memorisation_table, memorised_share, nearest_distance
 from scldm_cd4.metrics._mmd import (
@@ -50,9 +53,12 @@ __all__ = [
     "MULTI_SCALES",
     "Projection",
     "Pseudobulks",
+    "aggregate",
     "anchored_score",
     "area_under_curves",
+    "baselines",
     "benjamini_hochberg",
+    "bootstrap",
     "chance_level",
     "combine_tests",
     "condition_codes",
@@ -70,6 +76,7 @@ __all__ = [
     "effect_table",
     "effect_weights",
     "energy_distance",
+    "evaluate",
     "fit_projection",
     "frechet_distance",
     "group_means",
@@ -93,9 +100,12 @@ __all__ = [
     "r2",
     "r2_mean",
     "r2_variance",
+    "rank_average",
     "reconstruction",
+    "registry",
     "safe_pearson",
     "sample_counts",
+    "score",
     "target_mask",
     "top_genes",
     "wasserstein",

@@ -3,13 +3,11 @@
 import numpy as np
 import scipy.sparse as sp
 
-from scldm_cd4._errors import DataError
 
-
-def draw_rows(pool: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw cells without replacement; all of them and then some again where the pool is too small."""
-    if not len(pool):
-        raise DataError("there are no cells to draw from")
+def draw_rows(pool: np.ndarray, n: int, rng: np.random.Generator, *, repeat: bool) -> np.ndarray:
+    """Draw n cells without replacement; where the pool is too small all of them, and with ``repeat`` some again."""
+    if n <= len(pool) or not repeat:
+        return np.asarray(rng.choice(pool, min(n, len(pool)), replace=False), dtype=np.int64)
     whole, rest = divmod(n, len(pool))
     return np.concatenate([*[pool] * whole, rng.choice(pool, rest, replace=False)]).astype(np.int64)
 

@@ -18,6 +18,7 @@ from scldm_cd4.metrics._pseudobulk import (
     as_matrix,
     condition_codes,
     log_normalize,
+    present_conditions,
     pseudobulks,
 )
 
@@ -119,9 +120,22 @@ class Sample:
         counts = None if self.counts is None else self.counts[rows]
         return Sample(counts, self.values[rows], self.codes[rows], self.keys, self.genes)
 
+    def select(self, keys: Sequence[Key]) -> "Sample":
+        """Give the cells of some conditions; codes are positions in these ``keys``, also of those without cells."""
+        parts = [self.rows(key) for key in keys]
+        rows = np.concatenate([*parts, np.empty(0, dtype=np.int64)])
+        counts = None if self.counts is None else self.counts[rows]
+        codes = np.repeat(np.arange(len(keys)), [len(part) for part in parts])
+        return Sample(counts, self.values[rows], codes, tuple(keys), self.genes)
+
+    def sizes(self) -> np.ndarray:
+        """Cells of every condition, (conditions,)."""
+        return np.bincount(self.codes, minlength=len(self.keys))
+
     def pseudobulks(self) -> Pseudobulks:
-        """Moments of every condition."""
-        return pseudobulks(self.values, self.codes, self.keys, counts=self.counts)
+        """Moments of every condition that has cells."""
+        codes, keys = present_conditions(self.codes, self.keys)
+        return pseudobulks(self.values, codes, keys, counts=self.counts)
 
 
 def join(samples: Sequence[Sample]) -> Sample:

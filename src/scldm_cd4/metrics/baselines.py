@@ -254,7 +254,7 @@ def predict(
     wanted = [tuple(str(value) for value in row) for row in conditions[columns].itertuples(index=False)]
     sizes = [int(n) for n in conditions["n_cells"]] if "n_cells" in conditions else [n_cells] * len(wanted)
     training = Training(read_sample(train, keys, common_genes({"train": train}), "train", layer=layer), control)
-    counts, codes, notes = emit(baseline, training, wanted, sizes, seed=seed)
+    counts, codes, notes = emit(baseline, training, wanted, sizes, seed=seed, repeat=True)
     missing = [key for code, key in enumerate(wanted) if not (codes == code).any() and sizes[code]]
     if missing and not allow_missing:
         raise DataError(
@@ -271,7 +271,13 @@ def predict(
 
 
 def emit(
-    baseline: Baseline, training: Training, keys: Sequence[Key], sizes: Sequence[int], *, seed: int
+    baseline: Baseline,
+    training: Training,
+    keys: Sequence[Key],
+    sizes: Sequence[int],
+    *,
+    seed: int,
+    repeat: bool = False,
 ) -> tuple[sp.csr_matrix, np.ndarray, list[str]]:
     """Make the cells of conditions.
 
@@ -285,18 +291,19 @@ def emit(
         Conditions and cells of each.
     seed
         Of the draws.
+    repeat
+        Whether cells may be drawn twice where there are too few; else fewer are made.
 
     Returns
     -------
-    Counts, the position in ``keys`` of each cell, and a note per condition (why it has no cells, or where they are
-    drawn with replacement).
+    Counts, the position in ``keys`` of each cell, and a note per condition (why it has no cells, or fewer).
     """
     shifts = None if baseline.shift is None else baseline.shift(training, keys)
     blocks, codes, notes = [], [], []
     for code, (key, n) in enumerate(zip(keys, sizes, strict=True)):
         rng = np.random.default_rng([seed, *"/".join((baseline.name, *key)).encode()])
         shift = None if shifts is None else shifts[code]
-        block, note = _cells(baseline, training, key, n, shift, rng)
+        block, note = _cells(baseline, training, key, n, shift, rng, repeat)
         notes.append(note)
         if block is not None:
             blocks.append(block)
@@ -307,7 +314,13 @@ def emit(
 
 
 def _cells(
-    baseline: Baseline, training: Training, key: Key, n: int, shift: np.ndarray | None, rng: np.random.Generator
+    baseline: Baseline,
+    training: Training,
+    key: Key,
+    n: int,
+    shift: np.ndarray | None,
+    rng: np.random.Generator,
+    repeat: bool,
 ) -> tuple[sp.csr_matrix | None, str]:
     """Make the cells of one condition, with a note."""
     needs_control = shift is not None or baseline.transport
@@ -320,8 +333,9 @@ def _cells(
     if picked is None:
         return None, "no training cells to draw from"
     source, pool = picked
-    rows = draw_rows(pool, n, rng)
-    note = f"drawn with replacement from {len(pool)} cells" if n > len(pool) else ""
+    rows = draw_rows(pool, n, rng, repeat=repeat)
+    few = f"{len(pool)} cells drawn with replacement" if repeat else f"only {len(pool)} cells"
+    note = few if n > len(pool) else ""
     counts = training.sample.counts[rows]  # type: ignore[index]
     if not needs_control:
         return sp.csr_matrix(counts, dtype=np.float32), note

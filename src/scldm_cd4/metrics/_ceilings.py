@@ -1,0 +1,111 @@
+"""What a repeat of the experiment reaches, and predictions measured in the same way."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm_cd4.metrics._emit import emit_counts
+from scldm_cd4.metrics._pseudobulk import Key, log_normalize
+from scldm_cd4.metrics._samples import Sample
+from scldm_cd4.metrics._shifts import averaged
+from scldm_cd4.metrics._training import Training
+from scldm_cd4.metrics._truth import Truth, draw, halve
+
+CEILINGS = ("technical_duplicate", "interpolated_duplicate")
+
+
+def ceilings(
+    truth: Truth, training: Training | None, predictions: Mapping[str, Sample], *, n_repeats: int, seed: int
+) -> dict[str, dict[str, np.ndarray]]:
+    r"""Compare disjoint halves of the real cells of every condition, each against a disjoint half of the controls.
+
+    ``technical_duplicate``: the other half as it is. ``interpolated_duplicate`` (Mejia et al. 2025): its cells with
+    the mean :math:`\alpha_g` x duplicate + (1 - :math:`\alpha_g`) x mean training perturbation of the context,
+    :math:`\alpha_g = 1 - p^{adj}_g` of the duplicate against its controls, so that genes without an effect are not
+    noisier than a simple mean. Halves with shared cells or shared controls would look too good. Predictions are put in
+    the place of the duplicate, at its number of cells and with its controls, so that they can be set against it.
+
+    Parameters
+    ----------
+    truth
+        The real cells.
+    training
+        For the interpolated duplicate; NaN without.
+    predictions
+        Cells of the scored conditions by name.
+    n_repeats
+        Random halvings to average over.
+    seed
+        Of the halves.
+
+    Returns
+    -------
+    Metrics by ceiling and by prediction, each (conditions,): means over the repeats.
+    """
+    runs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in (*CEILINGS, *predictions)}
+    for repeat in range(n_repeats):
+        first, second = halve(truth.real, [seed, 11, repeat])
+        controls, others = truth.controls.halve([seed, 12, repeat])
+        enough = first.sizes() * second.sizes() > 0
+        keys = [key for key, ok in zip(truth.keys, enough, strict=True) if ok]
+        half = Truth(
+            first.select(keys), controls, truth.reference, truth.options, bandwidth=truth.distributions.bandwidth
+        )
+        second = second.select(keys)
+        runs["technical_duplicate"].append(_spread(half.compare(second, others), enough))
+        if training is not None and truth.real.counts is not None:
+            mixed = _interpolate(half, second, half.test(second, others).p_adjusted, training, [seed, 13, repeat])
+            runs["interpolated_duplicate"].append(_spread(half.compare(mixed, others), enough))
+        for name, sample in predictions.items():
+            drawn = draw(sample.select(keys), second.sizes(), seed + 14 + repeat, 2)
+            runs[name].append(_spread(half.compare(drawn, others), enough))
+    return {name: _mean(found) for name, found in runs.items() if found}
+
+
+def _interpolate(
+    half: Truth, duplicate: Sample, adjusted: np.ndarray, training: Training, seed: Sequence[int]
+) -> Sample:
+    """Give the cells of the duplicate with the interpolated mean; conditions without a mean have no cells."""
+    blocks, codes = [], []
+    shifts = averaged(training, half.keys, "context")
+    for code, key in enumerate(half.keys):
+        if np.isnan(shifts[code]).any() or key[:-1] not in training.controls:
+            continue
+        counts = duplicate.counts[duplicate.rows(key)]  # type: ignore[index]
+        total = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
+        own, mean = total / max(total.sum(), 1.0), training.target_share(key[:-1], shifts[code])
+        alpha = 1.0 - np.nan_to_num(adjusted[code], nan=0.0)
+        target = alpha * own + (1.0 - alpha) * mean
+        rng = np.random.default_rng([*seed, *"/".join(key).encode()])
+        blocks.append(emit_counts(counts, own, target / target.sum(), rng))
+        codes.append(np.full(counts.shape[0], code))
+    return counts_sample(blocks, codes, half.keys, duplicate.genes)
+
+
+def counts_sample(
+    blocks: list[sp.csr_matrix], codes: list[np.ndarray], keys: Sequence[Key], genes: np.ndarray
+) -> Sample:
+    """Make cells for scoring out of counts."""
+    counts = sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix((0, len(genes)), dtype=np.float32)
+    flat = np.concatenate([*codes, np.empty(0, dtype=np.int64)]).astype(np.int64)
+    return Sample(counts, log_normalize(counts), flat, tuple(keys), genes)
+
+
+def _spread(found: dict[str, np.ndarray], enough: np.ndarray) -> dict[str, np.ndarray]:
+    """Put the values of some conditions in their places among all."""
+    out = {}
+    for name, values in found.items():
+        out[name] = np.full(len(enough), np.nan)
+        out[name][enough] = values
+    return out
+
+
+def _mean(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Average over runs, leaving NaN out."""
+    out = {}
+    for name in runs[0]:
+        stacked = np.stack([run[name] for run in runs])
+        known = (~np.isnan(stacked)).sum(axis=0)
+        out[name] = np.where(known > 0, np.nansum(stacked, axis=0) / np.maximum(known, 1), np.nan)
+    return out

@@ -1,0 +1,307 @@
+"""One tidy table: every metric of every condition beside its floor, its ceiling and the baselines."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.metrics import baselines as simple
+from scldm_cd4.metrics._ceilings import ceilings as repeat_experiment
+from scldm_cd4.metrics._ceilings import counts_sample
+from scldm_cd4.metrics._pseudobulk import Key
+from scldm_cd4.metrics._samples import InputType, Keys, Sample, common_genes, read_sample
+from scldm_cd4.metrics._setting import choose_conditions, fit_reference, settle
+from scldm_cd4.metrics._training import Training
+from scldm_cd4.metrics._truth import Controls, Options, Truth
+from scldm_cd4.metrics.registry import METRICS, resolve
+
+PROFILE_BASELINES: Mapping[str, tuple[str, ...]] = {
+    "minimal": ("control", "additive_shrunk"),
+    "paper": ("control", "perturbed_mean", "additive_shrunk", "two_way", "nearest_context", "real_other_context"),
+    "distribution": ("control", "additive_shrunk", "real_other_context"),
+    "full": tuple(simple.BASELINES),
+}
+"""Baselines that stand in a table by the name of the profile."""
+COLUMNS = ("context", "perturbation", "metric", "value", "n_real", "n_pred", "n_ctrl", "floor", "ceiling")
+
+
+def evaluate(
+    real: Any,
+    pred: Any,
+    *,
+    train: Any = None,
+    perturbation_key: str | None = None,
+    context_keys: str | Sequence[str] | None = None,
+    control: str | None = None,
+    profile: str | Iterable[str] = "paper",
+    baselines: Sequence[str] | None = None,
+    ceilings: bool = True,
+    n_repeats: int = 3,
+    layer: str | None = None,
+    input_type: InputType = "counts",
+    size_factor_key: str | None = None,
+    genes: Any = "exact",
+    target_genes: Mapping[str, str] | None = None,
+    min_cells: int = 10,
+    max_cells: int = 2000,
+    n_components: int = 30,
+    pca_on: str = "reference",
+    allow_missing: bool = False,
+    fdr: float = 0.05,
+    seed: int = 0,
+) -> Any:
+    r"""Score generated cells, of any model, against real cells of the same conditions.
+
+    Every effect, real and predicted, is taken against the real controls of its own context. Principal components are
+    fitted on cells that are not scored. Predicted cells are normalised by their own totals. Rank tests take equal
+    numbers of real and predicted cells.
+
+    Parameters
+    ----------
+    real
+        AnnData of real cells that the model has not seen, with the controls of their contexts. A context without
+        controls here takes a seeded half of the training controls; baselines then see only the other half.
+    pred
+        AnnData of predicted cells. Predicted control cells are not used.
+    train
+        AnnData of the cells that the model was trained on: fits the principal components and is all that baselines
+        see. Without it a seeded half of ``real`` fits the components and is not scored, and baselines are NaN.
+    perturbation_key, context_keys, control
+        Columns of ``obs`` and the label of the control; from ``pred.uns["scldm_cd4"]`` by default.
+    profile
+        ``minimal``, ``paper``, ``distribution`` or ``full``, or a list of metrics
+        (:data:`scldm_cd4.metrics.registry.METRICS`).
+    baselines
+        Names of :data:`scldm_cd4.metrics.baselines.BASELINES`; by default those of the profile.
+    ceilings
+        Whether to compute what a repeat of the experiment reaches.
+    n_repeats
+        Random halvings that the ceilings are averaged over.
+    layer
+        Layer with the values in all three.
+    input_type
+        ``counts``, or ``lognorm`` for log-normalised values on all sides (no baselines then, and mean of logarithms
+        wherever the logarithm of summed counts is the default).
+    size_factor_key
+        Column of ``obs`` with the totals to normalise by on all sides, instead of the totals on the given genes.
+    genes
+        ``exact``, ``intersection``, or the names of the genes to score.
+    target_genes
+        Gene name of each perturbation, left out of effects and rank tests; the label itself by default.
+    min_cells
+        Cells of a condition on either side below which all its values are NaN.
+    max_cells
+        Cells of a condition that W1, W2 and neighbour metrics take.
+    n_components
+        Principal components (fewer where there are too few cells).
+    pca_on
+        ``reference``, or ``scored`` to fit the components on the scored real cells, which flatters nobody reliably.
+    allow_missing
+        Score the conditions that both sides have, instead of an error where they differ.
+    fdr
+        Adjusted p below which a gene is significant.
+    seed
+        Of all draws.
+
+    Returns
+    -------
+    DataFrame with one row per condition and metric: ``context``, the context columns, ``perturbation``, ``metric``,
+    ``value``, ``n_real``, ``n_pred``, ``n_ctrl``; ``floor``: what noise alone gives (distances and errors: two halves
+    of the real cells; agreement: the chance level); ``baseline_<name>``; ``note``. A repeat of the experiment needs
+    two samples of real cells, so ``ceiling`` and ``ceiling_interpolated`` are at half the cells, with separate halves
+    of the controls; ``matched_value`` and ``matched_baseline_<name>`` are the prediction and the baselines in just
+    that place. Set ``ceiling`` against these, not against ``value``. ``attrs`` says how the table was made.
+
+    Raises
+    ------
+    DataError
+        If keys are not known, conditions, genes or kinds of values differ between the sides, a context has no
+        controls, or predicted cells are copies of one profile.
+    """
+    metrics = resolve(profile)
+    names = _baseline_names(profile, baselines, train, input_type)
+    keys = Keys.resolve(pred, perturbation_key, context_keys, control)
+    sides = {"real": real, "pred": pred} | ({} if train is None else {"train": train})
+    chosen = common_genes(sides, genes)
+    read = {
+        what: read_sample(
+            adata, keys, chosen, what, layer=layer, input_type=input_type, size_factor_key=size_factor_key
+        )
+        for what, adata in sides.items()
+    }
+    setting = settle(read, keys.control, pca_on, seed)
+    scored, notes = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
+    options = Options(metrics, target_genes, fdr, max_cells, seed)
+    reference = fit_reference(setting, n_components, seed)
+    controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
+    truth = Truth(setting.real.select(scored), Controls(controls, keys.control), reference, options)
+    training = None if setting.train is None or input_type != "counts" else Training(setting.train, keys.control)
+    found = _Found(truth, read["pred"].select(scored), training, seed)
+    for name in names:
+        found.add_baseline(name)
+    if ceilings:
+        found.repeat(n_repeats)
+    table = _table(found, keys, setting.notes, notes, read["pred"])
+    table.attrs = {
+        "metrics": "scldm_cd4",
+        "profile": profile if isinstance(profile, str) else list(metrics),
+        "perturbation_key": keys.perturbation,
+        "context_keys": list(keys.context),
+        "control": keys.control,
+        "n_genes": len(chosen),
+        "genes_left_out": {what: int(adata.n_vars - len(chosen)) for what, adata in sides.items()},
+        "n_components": len(reference.projection.components),
+        "components_fitted_on": setting.fitted_on,
+        "input_type": input_type,
+        "baselines": list(names),
+        "n_repeats": n_repeats if ceilings else 0,
+        "min_cells": min_cells,
+        "fdr": fdr,
+        "seed": seed,
+        "targets_left_out": int(truth.exclude.any(axis=1).sum()),
+        "n_conditions": {"scored": len(scored), "not_scored": len(notes)},
+    }
+    return table
+
+
+class _Found:
+    """All that was computed for the scored conditions."""
+
+    def __init__(self, truth: Truth, pred: Sample, training: Training | None, seed: int) -> None:
+        self.truth, self.training, self.seed = truth, training, seed
+        self.values = truth.compare(pred)
+        self.samples: dict[str, Sample] = {"value": pred}
+        self.baselines: dict[str, dict[str, np.ndarray]] = {}
+        self.notes: dict[str, list[str]] = {}
+        self.repeats: dict[str, dict[str, np.ndarray]] = {}
+
+    def add_baseline(self, name: str) -> None:
+        """Score a baseline at as many cells as were predicted."""
+        keys = self.truth.keys
+        self.baselines[name], self.notes[name] = {}, ["no training cells"] * len(keys)
+        if self.training is None:
+            return
+        sizes = [int(n) for n in self.values["n_pred"]]
+        counts, codes, notes = simple.emit(simple.get(name), self.training, keys, sizes, seed=self.seed)
+        sample = counts_sample([counts], [codes], keys, self.truth.real.genes)
+        self.baselines[name], self.notes[name] = self.truth.compare(sample), notes
+        self.samples[f"baseline_{name}"] = sample
+
+    def repeat(self, n_repeats: int) -> None:
+        """Score what a repeat of the experiment reaches, and all predictions in its place."""
+        if len(self.truth.keys):
+            self.repeats = repeat_experiment(
+                self.truth, self.training, self.samples, n_repeats=n_repeats, seed=self.seed
+            )
+
+
+def _baseline_names(profile: Any, given: Sequence[str] | None, train: Any, input_type: str) -> tuple[str, ...]:
+    """Check the names of baselines; those of the profile by default."""
+    if given is None:
+        given = PROFILE_BASELINES[profile if isinstance(profile, str) else "minimal"]
+    elif given and train is None:
+        raise DataError("baselines see training cells only: pass train=, or baselines=[]")
+    elif given and input_type != "counts":
+        raise DataError("baselines emit counts: they need input_type='counts' on all sides, or baselines=[]")
+    return tuple(simple.get(name).name for name in dict.fromkeys(given))
+
+
+def _table(
+    found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: Mapping[Key, tuple[int, int, str]], pred: Sample
+) -> Any:
+    """Put everything into one row per condition and metric."""
+    import pandas as pd
+
+    truth, metrics = found.truth, found.truth.options.metrics
+    n_metrics, n_real = len(metrics), truth.real.sizes()
+    n_control = truth.controls.bulks.n[truth.controls.rows(truth.keys)] if truth.keys else np.empty(0)
+    all_keys = [*truth.keys, *not_scored]
+    sizes = [
+        *zip(n_real, found.values["n_pred"], n_control, strict=True),
+        *((*n[:2], np.nan) for n in not_scored.values()),
+    ]
+    columns: dict[str, Any] = {"context": np.repeat([" | ".join(key[:-1]) or "all" for key in all_keys], n_metrics)}
+    for i, name in enumerate(keys.context):
+        column = name if name not in (*COLUMNS, "note") else f"obs_{name}"
+        columns[column] = np.repeat([key[i] for key in all_keys], n_metrics)
+    columns["perturbation"] = np.repeat([key[-1] for key in all_keys], n_metrics)
+    columns["metric"] = np.tile(np.array(metrics, dtype=object), len(all_keys))
+    n_rest = len(not_scored)
+
+    def flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
+        rows = [values.get(name, np.full(len(truth.keys), np.nan)) for name in metrics]
+        return np.concatenate([np.stack(rows, axis=1).ravel(), np.full(n_rest * n_metrics, np.nan)])
+
+    columns["value"] = flat(found.values)
+    for position, name in enumerate(("n_real", "n_pred", "n_ctrl")):
+        columns[name] = np.repeat([size[position] for size in sizes], n_metrics)
+    columns["floor"] = flat({name: _floor(found, name) for name in metrics})
+    columns["ceiling"] = flat(found.repeats.get("technical_duplicate", {}))
+    if "interpolated_duplicate" in found.repeats:
+        columns["ceiling_interpolated"] = flat(found.repeats["interpolated_duplicate"])
+    for name, values in found.baselines.items():
+        columns[f"baseline_{name}"] = flat(values)
+    for name in found.samples if found.repeats else ():
+        columns[f"matched_{name}"] = flat(found.repeats[name])
+    columns["note"] = [
+        *(note for row, key in enumerate(truth.keys) for note in _notes(found, row, notes.get(key, ""))),
+        *(n[2] for n in not_scored.values() for _ in metrics),
+    ]
+    return pd.DataFrame(columns)
+
+
+def _floor(found: _Found, name: str) -> np.ndarray:
+    """Give what noise alone gives: a repeat for distances and errors, the chance level for agreement."""
+    metric, missing = METRICS[name], np.full(len(found.truth.keys), np.nan)
+    if metric.floor == "repeat":
+        return found.repeats.get("technical_duplicate", {}).get(name, missing)
+    if metric.chance is None:
+        return missing
+    return found.values.get(metric.chance, missing) if isinstance(metric.chance, str) else missing * 0 + metric.chance
+
+
+def _notes(found: _Found, row: int, common: str) -> Iterable[str]:
+    """Say what a reader must know of each value of a condition."""
+    truth, n_pred = found.truth, int(found.values["n_pred"][row])
+    n_real = int(truth.real.sizes()[row])
+    shared = found.values.get("n_shared", np.zeros(len(truth.keys)))[row]
+    for name in truth.options.metrics:
+        metric, value = METRICS[name], found.values.get(name, np.full(len(truth.keys), np.nan))[row]
+        parts = [common] if common else []
+        if metric.family == "distribution" and shared > 0:
+            parts.append(f"{int(shared)} predicted cells equal a real cell")
+        if min(n_real, n_pred) < metric.min_cells:
+            parts.append(f"wants {metric.min_cells} cells on each side")
+        if metric.family == "de" and n_real != n_pred:
+            parts.append(f"tested at {min(n_real, n_pred)} cells")
+        if max(n_real, n_pred) > truth.options.max_cells and metric.space == "pcs":
+            parts.append(f"at most {truth.options.max_cells} cells drawn")
+        if np.isnan(value):
+            parts.append(_why_undefined(found, row, name))
+        parts.extend(_baseline_notes(found, row))
+        yield "; ".join(parts)
+
+
+def _baseline_notes(found: _Found, row: int) -> list[str]:
+    """Say which baselines are missing or small, equal reasons together."""
+    reasons: dict[str, list[str]] = {}
+    for name, notes in found.notes.items():
+        if notes[row]:
+            reasons.setdefault(notes[row], []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _why_undefined(found: _Found, row: int, name: str) -> str:
+    """Give the reason why a value is NaN."""
+    truth, metric = found.truth, METRICS[name]
+    if metric.family == "de":
+        n = found.values.get("de_prevalence", np.ones(len(truth.keys)))[row]
+        return "no significant gene in the real cells" if n == 0 else "undefined: too few significant genes"
+    if metric.family == "discrimination":
+        return "undefined: the only perturbation of its context"
+    if name in ("pearson_delta_pert", "memorisation") and truth.reference.bulks is None:
+        return "undefined: no training cells"
+    if name == "pearson_delta_pert":
+        return "undefined: no training perturbation in the context, or no predicted difference to their mean"
+    return "undefined: no variation, or too few cells"
