@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.metrics._pairwise import gene_order
 from scldm_cd4.metrics._pseudobulk import as_matrix
 
 
@@ -22,11 +23,17 @@ class Projection:
         Orthonormal axes, (components, genes); the largest loading of each is positive.
     explained_variance
         Variance of the reference cells along each axis.
+    genes
+        Names of the genes where the reference cells had names, (genes,).
+    n_cells
+        Number of reference cells.
     """
 
     mean: np.ndarray
     components: np.ndarray
     explained_variance: np.ndarray
+    genes: np.ndarray | None = None
+    n_cells: int | None = None
 
     def apply(self, values: Any) -> np.ndarray:
         """Project cells after subtracting the mean of the *reference* cells.
@@ -34,7 +41,8 @@ class Projection:
         Parameters
         ----------
         values
-            Matrix or AnnData, cells x genes, normalised like the reference cells.
+            Matrix or AnnData, cells x genes, normalised like the reference cells. Genes with names on both sides are
+            matched by name, others by position.
 
         Returns
         -------
@@ -43,8 +51,10 @@ class Projection:
         Raises
         ------
         DataError
-            If the number of genes differs from the reference.
+            If the number or the names of the genes differ from the reference.
         """
+        if self.genes is not None and hasattr(values, "var_names"):
+            values = values[:, gene_order(self.genes, values.var_names)]
         matrix = as_matrix(values)
         if matrix.shape[1] != self.mean.size:
             raise DataError(f"{matrix.shape[1]} genes given, but the axes were fitted on {self.mean.size}")
@@ -54,7 +64,8 @@ class Projection:
 def fit_projection(reference: Any, n_components: int = 30) -> Projection:
     """Fit principal components on reference cells.
 
-    Fit on cells that are not scored: axes fitted on few scored cells overfit them.
+    Fit on cells that are not scored, by default the training cells: axes fitted on few scored cells overfit them, and
+    an independent repeat of the experiment then looks worse than a crude baseline.
 
     Parameters
     ----------
@@ -83,4 +94,6 @@ def fit_projection(reference: Any, n_components: int = 30) -> Projection:
     pca.fit(matrix.astype(np.float64) if sp.issparse(matrix) else np.asarray(matrix, dtype=np.float64))
     peak = np.abs(pca.components_).argmax(axis=1)
     signs = np.sign(pca.components_[np.arange(n_components), peak])
-    return Projection(np.asarray(pca.mean_).ravel(), pca.components_ * signs[:, None], pca.explained_variance_)
+    genes = np.asarray(reference.var_names, dtype=str) if hasattr(reference, "var_names") else None
+    mean, components = np.asarray(pca.mean_).ravel(), pca.components_ * signs[:, None]
+    return Projection(mean, components, pca.explained_variance_, genes, matrix.shape[0])

@@ -110,7 +110,7 @@ def _sinkhorn(a: np.ndarray, b: np.ndarray, p: int, regularisation: float, max_i
     if epsilon <= 0:  # more than half of the pairs are equal cells, which says nothing about the scale
         return 0.0 if not cost.any() else float("nan")
     between = _regularised(cost, epsilon, max_iterations)
-    own = [_regularised(_cost(x, x, p), epsilon, max_iterations) for x in (a, b)]
+    own = [_regularised_self(_cost(x, x, p), epsilon, max_iterations) for x in (a, b)]
     return between - 0.5 * sum(own)
 
 
@@ -137,14 +137,35 @@ def _regularised(cost: np.ndarray, epsilon: float, max_iterations: int) -> float
             f, g = f + epsilon * np.log(u), g + epsilon * np.log(v)
             kernel, u, v = _gibbs(cost, f, g, epsilon), np.ones(n), np.ones(m)
     if not error < TOLERANCE:
-        warnings.warn(
-            f"Sinkhorn did not converge in {max_iterations} iterations (error {error:.1e}); raise regularisation or "
-            "use method='exact'",
-            stacklevel=4,
-        )
-        return float("nan")
+        return _not_converged(max_iterations, error)
     # at the optimum the dual has the value of the primal
     return float((f + epsilon * np.log(u)).mean() + (g + epsilon * np.log(v)).mean())
+
+
+def _regularised_self(cost: np.ndarray, epsilon: float, max_iterations: int) -> float:
+    """Give the same for a population and itself, where both potentials are equal.
+
+    Averaging each step with the last converges within few iterations (Feydy et al. 2019); the plain steps take
+    thousands. The zero diagonal keeps the kernel from underflow.
+    """
+    kernel = np.exp(-cost / epsilon)
+    u, error = np.ones(len(cost)), np.inf
+    for _ in range(max_iterations):
+        row = kernel @ u / len(cost)
+        error = float(np.abs(u * row - 1.0).mean())
+        if error < TOLERANCE:
+            return 2.0 * epsilon * float(np.log(u).mean())
+        u = np.sqrt(u / row)
+    return _not_converged(max_iterations, error)
+
+
+def _not_converged(max_iterations: int, error: float) -> float:
+    warnings.warn(
+        f"Sinkhorn did not converge in {max_iterations} iterations (error {error:.1e}); raise max_iterations or "
+        "regularisation, or use method='exact'",
+        stacklevel=5,
+    )
+    return float("nan")
 
 
 def _gibbs(cost: np.ndarray, f: np.ndarray, g: np.ndarray, epsilon: float) -> np.ndarray:
