@@ -24,7 +24,7 @@ from scldm_cd4.checkpoint.vocabulary import (
     read_size_factors,
     read_vocabulary,
 )
-from scldm_cd4.config import PRESETS, ROLES, FlowConfig, ModelConfig
+from scldm_cd4.config import PRESETS, ROLES, FlowConfig, ModelConfig, VAEConfig
 from scldm_cd4.registry import Registry
 from scldm_cd4.size_factors import SizeFactors
 
@@ -193,6 +193,9 @@ def _convert(
 ) -> Reference:
     vae = (jobs.vae_fields(job) if job else {}) | dict(options.vae)
     flow = (jobs.flow_fields(job) if job else {}) | dict(options.flow)
+    read = job or jobs.Job({}, "vae=, flow=")
+    jobs.configured(read, VAEConfig(), vae)
+    jobs.configured(read, FlowConfig(), flow)
     try:
         return from_reference(tensors, weights=options.weights, class_names=names, vae=vae, flow=flow)
     except CheckpointError:

@@ -120,7 +120,8 @@ def _from_adata(adata: Any, columns: Mapping[str, str | None]) -> Vocabulary:
     require_anndata(adata)
     declared = read_declaration(adata) if SETUP_KEY in adata.uns else {}
     names = {role: declared.get(f"{role}_key") or columns[role] for role in ROLES}
-    levels, kinds = {}, {}
+    levels: dict[str, tuple[str, ...]] = {}
+    kinds: dict[str, str] = {}
     for role, name in names.items():
         if name is None:
             levels[role], kinds[role] = ("all",), "string"
