@@ -17,6 +17,7 @@ from scldm_cd4.config import ModelConfig, resolve_config
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.data.splits import make_split
+from scldm_cd4.evaluation import evaluate
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
 from scldm_cd4.ranking import rank
@@ -55,6 +56,7 @@ class CD4Model(ModelBase):
         self._start(State(resolve_config(config, **overrides), fit_registry(adata)), adata, settings.device)
 
     setup_anndata = staticmethod(setup_anndata)
+    evaluate = evaluate
 
     def train(
         self,
@@ -197,8 +199,7 @@ class CD4Model(ModelBase):
             raise DataError("key_added= writes flat latents of all cells: leave out indices= and flatten=")
         adata = self._adata(adata)
         cells = self._cells(adata, allow_missing=allow_missing)
-        rows = embedding.as_rows(indices, cells)
-        z = embedding.latents(vae, cells, rows, flatten=flatten, batch_size=batch_size)
+        z = embedding.latents(vae, cells, embedding.as_rows(indices, cells), flatten=flatten, batch_size=batch_size)
         if key_added is not None:
             adata.obsm[key_added] = z
         return z

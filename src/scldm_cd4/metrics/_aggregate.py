@@ -291,7 +291,7 @@ def bootstrap(
         blocks.append([rows[contexts[rows] == context] for context in dict.fromkeys(contexts[rows])])
     rng, draws = np.random.default_rng(seed), []
     for _ in range(n_boot):
-        picked = []
+        picked: list[np.ndarray] = []
         for label in rng.integers(len(labels), size=len(labels)):
             own = blocks[label]
             picked.extend(own[i] for i in rng.integers(len(own), size=len(own)))

@@ -1,5 +1,6 @@
 """One tidy table: every metric of every condition beside its floor, its ceiling and the baselines."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def evaluate(
     input_type: InputType = "counts",
     size_factor_key: str | None = None,
     genes: Any = "exact",
-    target_genes: Mapping[str, str] | None = None,
+    target_genes: Mapping[str, str | None] | None = None,
     min_cells: int = 10,
     max_cells: int = 2000,
     n_components: int = 30,
@@ -88,7 +89,7 @@ def evaluate(
     genes
         ``exact``, ``intersection``, or the names of the genes to score.
     target_genes
-        Gene name of each perturbation, left out of effects and rank tests; the label itself by default.
+        Gene name of each perturbation (None: no gene), left out of effects and rank tests; the label by default.
     min_cells
         Cells of a condition on either side below which all its values are NaN.
     max_cells
@@ -132,9 +133,11 @@ def evaluate(
     }
     setting = settle(read, keys.control, pca_on, seed)
     scored, notes = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
-    options = Options(metrics, target_genes, fdr, max_cells, seed)
+    targets = {label: gene or "" for label, gene in (target_genes or {}).items()}  # "" is no gene
+    options = Options(metrics, targets, fdr, max_cells, seed)
     reference = fit_reference(setting, n_components, seed)
     controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
+    _warn_of_targets(scored, chosen, target_genes)
     truth = Truth(setting.real.select(scored), Controls(controls, keys.control), reference, options)
     training = None if setting.train is None or input_type != "counts" else Training(setting.train, keys.control)
     found = _Found(truth, read["pred"].select(scored), training, seed)
@@ -205,6 +208,22 @@ def _baseline_names(profile: Any, given: Sequence[str] | None, train: Any, input
     elif given and input_type != "counts":
         raise DataError("baselines emit counts: they need input_type='counts' on all sides, or baselines=[]")
     return tuple(simple.get(name).name for name in dict.fromkeys(given))
+
+
+def _warn_of_targets(scored: Sequence[Key], genes: np.ndarray, named: Mapping[str, str | None] | None) -> None:
+    """Say where targets stay in the scores of some perturbations only."""
+    have, named = set(genes), named or {}
+    labels = {key[-1] for key in scored}
+    lost = sorted(label for label in labels if label not in named and label not in have)
+    lost += sorted(f"{label} ({named[label]})" for label in labels if named.get(label) and named[label] not in have)
+    if lost and len(lost) < len(labels):
+        warnings.warn(
+            f"the targets of {len(lost)} of {len(labels)} perturbations are not among the genes (e.g. {lost[:3]}); "
+            "those of the others are left out of effects. If they go by other names, give target_genes={label: gene}; "
+            "{label: None} says that there is none",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _table(

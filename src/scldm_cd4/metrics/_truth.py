@@ -76,7 +76,7 @@ class Options:
     """What is computed, and how."""
 
     metrics: tuple[str, ...]
-    target_genes: Mapping[str, str] | None
+    target_genes: Mapping[str, str]
     fdr: float
     max_cells: int
     seed: int
