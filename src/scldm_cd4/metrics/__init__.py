@@ -42,7 +42,7 @@ from scldm_cd4.metrics._reconstruction import (
 )
 from scldm_cd4.metrics._score import Anchored, anchored_score, mean_and_error
 from scldm_cd4.metrics._wasserstein import wasserstein
-from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, welch_scores_versus_rest
+from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores
 
 __all__ = [
     "Anchored",
@@ -110,7 +110,6 @@ __all__ = [
     "top_genes",
     "wasserstein",
     "welch_scores",
-    "welch_scores_versus_rest",
     "within_distance",
     "zeros_accuracy",
 ]

@@ -62,19 +62,19 @@ def discrimination(
     for value, known in ((metric, ("cosine", "l1", "l2")), (scope, ("panel", "own")), (direction, ("real", "pred"))):
         if value not in known:
             raise DataError(f"{value!r} is not known; use one of {known}")
-    keep = np.ones(x.shape, dtype=bool) if exclude is None else ~np.asarray(exclude, dtype=bool)
-    if scope == "panel":
+    keep = None if exclude is None or not np.any(exclude) else ~np.asarray(exclude, dtype=bool)
+    if keep is not None and scope == "panel":
         columns = keep.all(axis=0)
         if not columns.any():
             raise DataError("every gene is the target of some condition; use scope='own'")
-        x, y, keep = x[:, columns], y[:, columns], keep[:, columns]
+        x, y, keep = x[:, columns], y[:, columns], None
     out = np.full(len(x), np.nan)
     labels = np.zeros(len(x), dtype=np.int64) if contexts is None else _codes(contexts, len(x))
     predicted = ~np.isnan(y).any(axis=1)
     for label in np.unique(labels):
         rows = np.flatnonzero((labels == label) & (predicted if direction == "pred" else True))
         sides = (y[rows], x[rows]) if direction == "real" else (x[rows], y[rows])
-        out[rows] = _scores(effect_distances(*sides, metric, None if keep.all() else keep[rows]), denominator)
+        out[rows] = _scores(effect_distances(*sides, metric, None if keep is None else keep[rows]), denominator)
     out[~predicted] = np.nan
     return out
 

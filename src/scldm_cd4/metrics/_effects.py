@@ -10,11 +10,11 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._delta import chance_level
 from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks, as_matrix, pseudobulks
 from scldm_cd4.metrics._rows import centred_rows, cosine_rows, pearson_rows, spearman_rows
-from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores, welch_scores_versus_rest
+from scldm_cd4.metrics._weights import RestScores, effect_weights, top_genes, welch_scores
 
 Space = Literal["mean_log", "log_sum"]
 TOP = (20, 50, 100)
-ROWS = 512
+ROWS = 128
 """Conditions that are compared at a time; bounds the memory."""
 
 
@@ -145,6 +145,7 @@ def effect_table(
     x, real_noise = profiles(real, space)
     y, pred_noise = profiles(pred, space)
     own = None if control_source == "real" else _own_controls(pred, matched.keys, control)
+    rest, centres = RestScores(real, control), _training_centres(train, control, space)
     parts = []
     for start in range(0, max(shape[0], 1), ROWS):
         rows = slice(start, start + ROWS)
@@ -154,12 +155,12 @@ def effect_table(
         score = welch_scores(real, at, control_at) if scores is None else np.abs(scores[rows])
         part = {
             **_correlations(dx, dy, keep),
-            **{f"pearson_delta_top{k}": pearson_rows(dx, dy, top_genes(score, k, keep)) for k in top},
+            **_top_correlations(dx, dy, score, top, keep),
             "pearson_delta_chance": chance_level(real.n[at], real.n[control_at], pred.n[there]),
             "pearson_delta_disjoint": _disjoint(x[at], y[there], keys, halves, control, space, keep),
-            "pearson_delta_pert": _versus_training(x[at], y[there], keys, train, control, space, keep),
+            "pearson_delta_pert": _versus_training(x[at], y[there], keys, centres, keep),
             **_errors(dx, dy, x[at] - y[there], keep),
-            **_weighted_errors(dx, dy, effect_weights(welch_scores_versus_rest(real, at, control), keep)),
+            **_weighted_errors(dx, dy, effect_weights(rest.scores(at), keep)),
             **_corrected(dx, x[at] - y[there], keep, real_noise[at], pred_noise[there], real_noise[control_at]),
         }
         parts.append(part)
@@ -192,6 +193,16 @@ def _correlations(dx: np.ndarray, dy: np.ndarray, keep: np.ndarray | None) -> di
         "spearman_delta": spearman_rows(dx, dy, keep),
         "cosine_delta": cosine_rows(dx, dy, keep),
     }
+
+
+def _top_correlations(
+    dx: np.ndarray, dy: np.ndarray, score: np.ndarray, top: Sequence[int], keep: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    if not top:
+        return {}
+    genes, counts = top_genes(score, max(top), keep)
+    x, y = np.take_along_axis(dx, genes, axis=1), np.take_along_axis(dy, genes, axis=1)
+    return {f"pearson_delta_top{k}": pearson_rows(x[:, :k], y[:, :k], counts[:, :k]) for k in top}
 
 
 def _own_controls(pred: Pseudobulks, keys: Sequence[Key], control: str) -> np.ndarray:
@@ -261,28 +272,25 @@ def _disjoint(
     return values
 
 
+def _training_centres(train: Pseudobulks | None, control: str, space: Space) -> dict[Key, np.ndarray]:
+    """Mean profile of the training perturbations of each context, each perturbation with equal weight."""
+    groups: dict[Key, list[int]] = {}
+    for row, key in enumerate(() if train is None else train.keys):
+        if key[-1] != control:
+            groups.setdefault(key[:-1], []).append(row)
+    profile = np.empty(0) if train is None else profiles(train, space)[0]
+    return {context: profile[rows].mean(axis=0) for context, rows in groups.items()}
+
+
 def _versus_training(
-    x: np.ndarray,
-    y: np.ndarray,
-    keys: Sequence[Key],
-    train: Pseudobulks | None,
-    control: str,
-    space: Space,
-    keep: np.ndarray | None,
+    x: np.ndarray, y: np.ndarray, keys: Sequence[Key], centres: dict[Key, np.ndarray], keep: np.ndarray | None
 ) -> np.ndarray:
-    """Correlate shifts from the mean profile of the context's training perturbations, each with equal weight."""
-    out = np.full(len(keys), np.nan)
-    if train is None:
-        return out
-    profile = profiles(train, space)[0]
-    contexts = [key[:-1] for key in keys]
-    for context in set(contexts):
-        trained = [row for row, key in enumerate(train.keys) if key[:-1] == context and key[-1] != control]
-        own = np.array([row for row, other in enumerate(contexts) if other == context])
-        if trained:
-            centre = profile[trained].mean(axis=0)
-            out[own] = pearson_rows(x[own] - centre, y[own] - centre, None if keep is None else keep[own])
-    return out
+    """Correlate shifts from the mean profile of the context's training perturbations; NaN where it has none."""
+    if not centres:
+        return np.full(len(keys), np.nan)
+    nothing = np.full(x.shape[1], np.nan)
+    centre = np.stack([centres.get(key[:-1], nothing) for key in keys])
+    return pearson_rows(x - centre, y - centre, keep)
 
 
 def control_halves(

@@ -49,10 +49,23 @@ def centred_rows(values: np.ndarray, keep: np.ndarray | None = None) -> np.ndarr
 
 
 def _ranks(values: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    # genes that do not count rank last, so the ranks of the others stay 1, 2, ...
-    ranks: np.ndarray = rankdata(values if keep is None else np.where(keep, values, np.inf), axis=1)
+    """Mid-ranks of each row. Genes that do not count rank last, so that the ranks of the others stay 1, 2, ..."""
+    x = values if keep is None else np.where(keep, values, np.inf)
+    order = np.argsort(x, axis=1)  # scipy's rankdata sorts stably, which is five times slower
+    ordered = np.take_along_axis(x, order, axis=1)
+    places = np.arange(1, x.shape[1] + 1, dtype=np.float64)
+    change = np.ones(x.shape, dtype=bool)
+    change[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    if change.all():
+        ranked = np.broadcast_to(places, x.shape)
+    else:
+        first = np.maximum.accumulate(np.where(change, places, 0.0), axis=1)
+        is_last = np.roll(change, -1, axis=1)
+        is_last[:, -1:] = True
+        last = np.minimum.accumulate(np.where(is_last, places, np.inf)[:, ::-1], axis=1)[:, ::-1]
+        ranked = (first + last) / 2
+    ranks = np.empty(x.shape)
+    np.put_along_axis(ranks, order, ranked, axis=1)
     return ranks
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scldm_cd4.metrics._pseudobulk import Pseudobulks
+from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks
 
 
 def welch_scores(bulks: Pseudobulks, rows: np.ndarray, controls: np.ndarray) -> np.ndarray:
@@ -20,36 +20,54 @@ def welch_scores(bulks: Pseudobulks, rows: np.ndarray, controls: np.ndarray) -> 
     return _t(bulks.means[rows] - bulks.means[controls], error)
 
 
-def welch_scores_versus_rest(bulks: Pseudobulks, rows: np.ndarray, control: str) -> np.ndarray:
-    """Absolute Welch t of conditions against all other perturbed cells of their context, (K, genes).
+class RestScores:
+    """Absolute Welch t of conditions against all other perturbed cells of their context.
 
-    It is what is specific to a perturbation (Mejia et al. 2025). A context with a single perturbation has no rest: 0.
+    It is what is specific to a perturbation (Mejia et al. 2025). The sums over a context are made once.
 
     Parameters
     ----------
     bulks
         Pseudobulks of all real cells.
-    rows
-        Rows of the conditions, (K,).
     control
         Label of the control.
     """
-    out = np.zeros((len(rows), bulks.means.shape[1]))
-    contexts = [key[:-1] for key in bulks.keys]
-    for context in {contexts[row] for row in rows}:
-        group = np.array([i for i, key in enumerate(bulks.keys) if key[:-1] == context and key[-1] != control])
-        own = np.array([i for i, row in enumerate(rows) if contexts[row] == context])
-        n, means = bulks.n[group, None].astype(np.float64), bulks.means[group]
-        centre = (n * means).sum(axis=0) / n.sum()  # differences from the centre do not cancel
-        sums = n * (means - centre)
-        squares = (n - 1) * bulks.variances[group] + n * np.square(means - centre)
-        at = np.searchsorted(group, rows[own])
-        rest = n.sum() - n[at]
-        mean = (sums.sum(axis=0) - sums[at]) / np.maximum(rest, 1)
-        spread = squares.sum(axis=0) - squares[at] - rest * np.square(mean)
-        error = bulks.variances[rows[own]] / n[at] + np.maximum(spread, 0.0) / np.maximum((rest - 1) * rest, 1)
-        out[own] = np.where(rest > 0, _t(means[at] - centre - mean, error), 0.0)
-    return out
+
+    def __init__(self, bulks: Pseudobulks, control: str) -> None:
+        self._bulks = bulks
+        groups: dict[Key, list[int]] = {}
+        for row, key in enumerate(bulks.keys):
+            if key[-1] != control:
+                groups.setdefault(key[:-1], []).append(row)
+        self._code = {context: code for code, context in enumerate(groups)}
+        shape = (len(groups), bulks.means.shape[1])
+        self._n, self._centre, self._squares = np.zeros((len(groups), 1)), np.zeros(shape), np.zeros(shape)
+        for code, rows in enumerate(groups.values()):
+            n = bulks.n[rows].astype(np.float64)
+            self._n[code] = n.sum()
+            self._centre[code] = n @ bulks.means[rows] / n.sum()
+            shifts = bulks.means[rows] - self._centre[code]  # differences from the centre do not cancel
+            self._squares[code] = (n - 1) @ bulks.variances[rows] + n @ np.square(shifts, out=shifts)
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """Scores of perturbed conditions.
+
+        Parameters
+        ----------
+        rows
+            Rows of the pseudobulks, (K,).
+
+        Returns
+        -------
+        (K, genes). A context with a single perturbation has no rest: 0.
+        """
+        at = np.array([self._code[self._bulks.keys[row][:-1]] for row in rows], dtype=np.int64)
+        n, variances = self._bulks.n[rows, None].astype(np.float64), self._bulks.variances[rows]
+        shift, rest = self._bulks.means[rows] - self._centre[at], self._n[at] - n
+        mean = -n * shift / np.maximum(rest, 1)
+        spread = self._squares[at] - (n - 1) * variances - n * np.square(shift) - rest * np.square(mean)
+        error = variances / n + np.maximum(spread, 0.0) / np.maximum((rest - 1) * rest, 1)
+        return np.where(rest > 0, _t(shift - mean, error), 0.0)
 
 
 def _t(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -89,8 +107,8 @@ def effect_weights(scores: np.ndarray, keep: np.ndarray | None = None, *, expone
     return result
 
 
-def top_genes(scores: np.ndarray, k: int, keep: np.ndarray | None = None) -> np.ndarray:
-    """Mark the k genes of largest score in each row, ties by position; fewer where fewer count.
+def top_genes(scores: np.ndarray, k: int, keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k genes of largest score in each row.
 
     Parameters
     ----------
@@ -103,10 +121,11 @@ def top_genes(scores: np.ndarray, k: int, keep: np.ndarray | None = None) -> np.
 
     Returns
     -------
-    Mask, (K, genes).
+    Positions in the order of falling score, (K, k) or (K, genes) if there are fewer, and which of them count.
     """
-    ranked = scores if keep is None else np.where(keep, scores, -np.inf)
-    order = np.argsort(-ranked, axis=1, kind="stable")[:, :k]
-    mask = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(mask, order, True, axis=1)
-    return mask if keep is None else mask & keep
+    ranked = -scores if keep is None else np.where(keep, -scores, np.inf)
+    k = min(k, ranked.shape[1])
+    first = np.argpartition(ranked, k - 1, axis=1)[:, :k]
+    values = np.take_along_axis(ranked, first, axis=1)
+    order = np.lexsort((first, values), axis=1)
+    return np.take_along_axis(first, order, axis=1), np.take_along_axis(values, order, axis=1) < np.inf
