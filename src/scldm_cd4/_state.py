@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scldm_cd4 import __version__
 from scldm_cd4._errors import CheckpointError, TrainingError
+from scldm_cd4.checkpoint.card import model_card
 from scldm_cd4.checkpoint.export import export_reference
 from scldm_cd4.checkpoint.native import load_folder, save_folder
 from scldm_cd4.checkpoint.pretrained import Pretrained
@@ -111,8 +111,9 @@ class State:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a folder; see `scldm_cd4.checkpoint.native`."""
+    def save(self, path: str | Path, *, overwrite: bool = False, scores: pd.DataFrame | None = None) -> Path:
+        """Write a folder; see `scldm_cd4.checkpoint.native`. The model card shows `scores`."""
+        n_parameters = sum(v.numel() for v in self.tensors().values())
         history = {name: {"epoch": list(t.index), **t.to_dict("list")} for name, t in self.history.items()}
         return save_folder(
             path,
@@ -120,7 +121,9 @@ class State:
             config={"model": self.config.to_dict(), "parts": [p for p in PARTS if getattr(self, p) is not None]},
             registry=self.registry.to_dict(),
             history={"epochs": history, "training": self.record},
-            readme=self.card(),
+            readme=model_card(
+                self.config, self.registry, self.history, self.record, n_parameters=n_parameters, scores=scores
+            ),
             overwrite=overwrite,
         )
 
@@ -170,22 +173,6 @@ class State:
         return export_reference(
             path, self.config, self.registry, self.vae.state_dict(), dit, record=self.record, overwrite=overwrite
         )
-
-    def card(self) -> str:
-        """Return a short description in Markdown; holds no data."""
-        registry = self.registry
-        lines = [
-            "# A scLDM.CD4 model",
-            "",
-            f"Written by scldm_cd4 {__version__}. Load it with `CD4Model.load(folder)`.",
-            "",
-            f"- genes: {registry.n_genes}",
-            *(f"- {a.role}s: {len(a)}" + (f" (`{a.column}`)" if a.column else "") for a in registry.attributes),
-            f"- control: {registry.control or 'none'}",
-            f"- stages trained: {', '.join(p for p in PARTS if getattr(self, p) is not None) or 'none'}",
-            f"- parameters: {sum(v.numel() for v in self.tensors().values()):,}",
-        ]
-        return "\n".join(lines) + "\n"
 
 
 def panel_totals(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
+import pandas as pd
+
 from scldm_cd4._errors import CheckpointError, DataError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
@@ -27,8 +29,17 @@ class Storage:
     def _require(self, part: str) -> State:
         raise NotImplementedError
 
-    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder of safetensors and JSON.
+    def save(self, dir_path: str | Path, *, overwrite: bool = False, scores: pd.DataFrame | None = None) -> None:
+        """Write the model to a folder of safetensors and JSON, with a model card.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        overwrite
+            Replace a saved model.
+        scores
+            A table for the model card, scores of generated beside held-out cells with their baselines.
 
         Raises
         ------
@@ -40,7 +51,7 @@ class Storage:
             The folder cannot be written.
         """
         self._require("vae")
-        self._state.save(dir_path, overwrite=overwrite)
+        self._state.save(dir_path, overwrite=overwrite, scores=scores)
 
     @classmethod
     def load(cls, dir_path: str | Path, adata: Any = None, *, device: Any = None) -> Self:
@@ -187,6 +198,7 @@ class Storage:
         revision: str | None = None,
         token: str | bool | None = None,
         commit_message: str | None = None,
+        scores: pd.DataFrame | None = None,
     ) -> str:
         """Upload the model to the Hugging Face hub, as `save` writes it.
 
@@ -203,6 +215,8 @@ class Storage:
             Branch; None is the main one.
         token, commit_message
             As `huggingface_hub` takes them.
+        scores
+            As for `save`.
 
         Returns
         -------
@@ -217,7 +231,7 @@ class Storage:
         """
         self._require("vae")
         with TemporaryDirectory() as folder:
-            self._state.save(Path(folder) / "model")
+            self._state.save(Path(folder) / "model", scores=scores)
             options: dict[str, Any] = {"revision": revision, "token": token, "commit_message": commit_message}
             return push_folder(Path(folder) / "model", repo_id, private=private, **options)
 
