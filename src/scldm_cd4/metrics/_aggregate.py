@@ -198,7 +198,7 @@ def rank_average(tables: Any, *, ceiling: bool = False, metrics: Sequence[str] |
     """Rank methods against each other, families of metrics with equal weight.
 
     Within each condition and metric the methods are ranked (1 is best, ties share the mean rank, an undefined value is
-    worst). Ranks are averaged over conditions, then over the metrics of a family, then over families, so that many
+    worst; a method that is undefined throughout is left out). Ranks are averaged over conditions, then over the metrics of a family, then over families, so that many
     similar columns of one family do not decide.
 
     Parameters
@@ -238,7 +238,7 @@ def rank_average(tables: Any, *, ceiling: bool = False, metrics: Sequence[str] |
     names = values.index.get_level_values("metric")
     chosen = [m for m in dict.fromkeys(names) if (METRICS[m].ranked if metrics is None else m in metrics)]
     chosen = [m for m in chosen if METRICS[m].family in RANKED]
-    values = values[names.isin(chosen) & values.notna().any(axis=1)]
+    values = values[names.isin(chosen) & values.notna().any(axis=1)].dropna(axis=1, how="all")
     names = values.index.get_level_values("metric")
     loss = values.to_numpy(dtype=np.float64).copy()
     for metric in dict.fromkeys(names):
