@@ -10,6 +10,7 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._frechet import frechet_of, gaussians
 from scldm_cd4.metrics._mmd import (
     MULTI_SCALES,
+    PairMeans,
     cross_means,
     energy_of,
     median_distance,
@@ -73,11 +74,11 @@ class DistributionReference:
         if bandwidth is None and blocks:
             bandwidth = median_distance(np.vstack(blocks), seed=seed)
         self.bandwidth = float("nan") if bandwidth is None else float(bandwidth)
-        self._bandwidths = rbf_bandwidths(self.bandwidth, MULTI_SCALES)
+        rbf_bandwidths(self.bandwidth, MULTI_SCALES)  # refuse a negative one here
 
     @cached_property
-    def _within(self) -> Any:
-        return within_means(self._kernel_blocks, self._bandwidths, distance=True)
+    def _within(self) -> PairMeans:
+        return within_means(self._kernel_blocks, rbf_bandwidths(self.bandwidth, MULTI_SCALES), distance=True)
 
     @cached_property
     def _neighbours(self) -> Neighbours:
@@ -118,7 +119,7 @@ class DistributionReference:
         # the products are small: threads would wait for each other
         with threadpool_limits(limits=1, user_api="blas"):
             if set(metrics) & set(KERNEL_METRICS):
-                out |= self._kernels(blocks)
+                out |= self._kernels(blocks, MULTI_SCALES if "mmd2_multi" in metrics else (1.0,))
             if "frechet_distance" in metrics:
                 out["frechet_distance"] = frechet_of(self._gaussians, gaussians(blocks))
             for name, p in (("w1", 1), ("w2", 2)):
@@ -137,16 +138,19 @@ class DistributionReference:
             "n_shared": near.get("n_shared", np.full(len(blocks), np.nan)),
         }
 
-    def _kernels(self, pred: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def _kernels(self, pred: list[np.ndarray], scales: Sequence[float]) -> dict[str, np.ndarray]:
         blocks = [subset(block, self.max_cells_kernel, self.seed, 1) for block in pred]
-        y = within_means(blocks, self._bandwidths, distance=True)
-        between = cross_means(self._kernel_blocks, blocks, self._bandwidths, distance=True)
+        bandwidths = rbf_bandwidths(self.bandwidth, scales)
+        known = [MULTI_SCALES.index(scale) for scale in scales]
+        x = PairMeans(self._within.kernel[:, known], self._within.distance)
+        y = within_means(blocks, bandwidths, distance=True)
+        between = cross_means(self._kernel_blocks, blocks, bandwidths, distance=True)
         sizes = (np.array([len(block) for block in side]) for side in (self._kernel_blocks, blocks))
-        by_scale = mmd2_of(self._within, y, between, *sizes)
+        by_scale = mmd2_of(x, y, between, *sizes)
         return {
-            "mmd2": by_scale[:, MULTI_SCALES.index(1.0)],
+            "mmd2": by_scale[:, list(scales).index(1.0)],
             "mmd2_multi": by_scale.mean(axis=1),
-            "energy_distance": energy_of(self._within, y, between),
+            "energy_distance": energy_of(x, y, between),
         }
 
     def _near(self, pred: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -9,6 +9,9 @@ import numpy as np
 
 from scldm_cd4.metrics._pairwise import pair
 
+CONDITIONS = 256
+"""Conditions whose covariances are decomposed together."""
+
 
 @dataclass(frozen=True)
 class Gaussians:
@@ -88,16 +91,22 @@ def gaussians(cells: Sequence[np.ndarray]) -> Gaussians:
 
 def frechet_of(real: Gaussians, pred: Gaussians) -> np.ndarray:
     """Fréchet distances of all conditions at once, (conditions,); NaN where a moment is."""
-    out = np.full(len(real.mean), np.nan)
-    ok = np.isfinite(real.covariance).all(axis=(1, 2)) & np.isfinite(pred.covariance).all(axis=(1, 2))
+    parts = [slice(start, start + CONDITIONS) for start in range(0, len(real.mean), CONDITIONS)]
+    return np.concatenate([_frechet_of(real, pred, part) for part in parts]) if parts else np.empty(0)
+
+
+def _frechet_of(real: Gaussians, pred: Gaussians, part: slice) -> np.ndarray:
+    means, covariances = (real.mean[part], pred.mean[part]), (real.covariance[part], pred.covariance[part])
+    ok = np.isfinite(covariances[0]).all(axis=(1, 2)) & np.isfinite(covariances[1]).all(axis=(1, 2))
+    out = np.full(len(ok), np.nan)
     if not ok.any():
         return out
-    first, second = real.covariance[ok], pred.covariance[ok]
+    first, second = (covariance[ok] for covariance in covariances)
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]) @ vectors.swapaxes(1, 2)
     # symmetric by construction, so the eigenvalues are real
     inner = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0.0)).sum(axis=1)
     traces = np.trace(first, axis1=1, axis2=2) + np.trace(second, axis1=1, axis2=2)
-    shift = np.square(real.mean[ok] - pred.mean[ok]).sum(axis=1)
+    shift = np.square(means[0][ok] - means[1][ok]).sum(axis=1)
     out[ok] = np.maximum(shift + traces - 2.0 * inner, 0.0)
     return out

@@ -1,6 +1,6 @@
 """Maximum mean discrepancy and energy distance: differences of mean kernels between populations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from scldm_cd4.metrics._pseudobulk import as_matrix, dense
 MULTI_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the bandwidth over which the multi-bandwidth MMD averages."""
 KERNELS = ("rbf", *COMPOSITIONAL)
+ROWS = 512
+"""Rows of exact distances that are computed at a time."""
 PERMUTATION_LIMIT = 5_000
 """Cells of both sides together that a permutation test takes: their kernel matrix has 200 MB."""
 
@@ -181,8 +183,6 @@ def energy_distance(
     DataError
         If the features differ, or known within-terms are given for another form.
     """
-    from scipy.spatial.distance import cdist, pdist
-
     a, b = pair(real, pred)
     n, m = len(a), len(b)
     if (squared or biased) and not (within_x is None and within_y is None):
@@ -190,21 +190,34 @@ def energy_distance(
     if min(n, m) < 2:
         return float("nan")
     metric = "sqeuclidean" if squared else "euclidean"
-    within = [
-        float(pdist(side, metric).mean()) if known is None else known for side, known in ((a, within_x), (b, within_y))
-    ]
+    known = ((a, within_x), (b, within_y))
+    within = [_mean_within(side, metric) if value is None else value for side, value in known]
     if biased:
         within = [value * (len(side) - 1) / len(side) for side, value in zip((a, b), within, strict=True)]
-    between = sum(float(cdist(a[i : i + 1024], b, metric).sum()) for i in range(0, n, 1024)) / (n * m)
+    between = sum(float(block.sum()) for block in _distances(a, b, metric)) / (n * m)
     return 2.0 * between - sum(within)
 
 
 def within_distance(x: Any) -> float:
     """Mean Euclidean distance over ordered pairs of different cells; NaN with fewer than two cells."""
-    from scipy.spatial.distance import pdist
+    return _mean_within(dense(as_matrix(x)), "euclidean")
 
-    values = dense(as_matrix(x))
-    return float(pdist(values).mean()) if len(values) > 1 else float("nan")
+
+def _mean_within(x: np.ndarray, metric: str) -> float:
+    """Mean distance over pairs of different cells, each pair computed once."""
+    n, total = len(x), 0.0
+    for start in range(0, n, ROWS):
+        (block,) = _distances(x[start : start + ROWS], x[start:], metric)
+        # the first columns are these rows with themselves, the rest has its mirror image elsewhere
+        total += 2.0 * float(block.sum()) - float(block[:, : len(block)].sum())
+    return total / (n * (n - 1)) if n > 1 else float("nan")
+
+
+def _distances(a: np.ndarray, b: np.ndarray, metric: str) -> Iterator[np.ndarray]:
+    """Give the distances of some rows of ``a`` at a time."""
+    from scipy.spatial.distance import cdist
+
+    return (cdist(a[start : start + ROWS], b, metric) for start in range(0, len(a), ROWS))
 
 
 def permutation_test(

@@ -11,6 +11,8 @@ from scldm_cd4.metrics._pseudobulk import as_matrix, dense
 
 BLOCK = 1 << 15
 """Entries of a block of distances: 256 kB of float64, which stays in the cache."""
+MIN_ROWS = 16
+"""Rows of a block at least, however many columns: a product of fewer is slow."""
 EQUAL = 1e-13
 """Squared distances below this share of the largest squared norms are rounding: the cells are equal."""
 
@@ -154,9 +156,10 @@ def cross_blocks(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Iterator[B
     """
     sizes = np.array([[len(x), len(y)] for x, y in zip(a, b, strict=True)]).reshape(-1, 2)
     for index in _batches(sizes):
-        centre = [0.5 * (a[i].mean(axis=0) + b[i].mean(axis=0)) for i in index]
-        left, left_mask = _stack([a[i] - c for i, c in zip(index, centre, strict=True)])
-        right, right_mask = _stack([b[i] - c for i, c in zip(index, centre, strict=True)])
+        left, left_mask = _stack([a[i] for i in index])
+        right, right_mask = _stack([b[i] for i in index])
+        centre = _centre(left, left_mask)
+        left, right = _moved(left, left_mask, centre), _moved(right, right_mask, centre)
         yield from _products(index, left, left_mask, right, right_mask, triangle=False)
 
 
@@ -176,7 +179,8 @@ def within_blocks(a: Sequence[np.ndarray], *, triangle: bool) -> Iterator[Block]
     """
     sizes = np.array([[len(x), len(x)] for x in a]).reshape(-1, 2)
     for index in _batches(sizes):
-        cells, mask = _stack([a[i] - a[i].mean(axis=0) for i in index])
+        cells, mask = _stack([a[i] for i in index])
+        cells = _moved(cells, mask, _centre(cells, mask))
         for block in _products(index, cells, mask, cells, mask, triangle=triangle):
             n = block.squares.shape[1]
             offset = block.rows.start - block.columns.start
@@ -187,17 +191,19 @@ def within_blocks(a: Sequence[np.ndarray], *, triangle: bool) -> Iterator[Block]
 def _batches(sizes: np.ndarray) -> Iterator[np.ndarray]:
     """Group conditions of similar size so that a batch of them fills one block, or a few."""
     order = np.lexsort((sizes[:, 1], sizes[:, 0]))
-    order = order[sizes[order].min(axis=1) > 0] if len(order) else order
+    pairs = sizes.prod(axis=1)
+    order = order[pairs[order] > 0]
     start = 0
     while start < len(order):
-        n, m = sizes[order[start]]
-        stop = start + 1
+        rows, columns = sizes[order[start]]
+        filled, stop = pairs[order[start]], start + 1
         while stop < len(order):
-            rows, columns = max(n, sizes[order[stop], 0]), max(m, sizes[order[stop], 1])
+            rows, columns = max(rows, sizes[order[stop], 0]), max(columns, sizes[order[stop], 1])
+            filled += pairs[order[stop]]
             padded = rows * columns * (stop - start + 1)
-            if padded > 8 * BLOCK or padded > 1.5 * sizes[order[start : stop + 1]].prod(axis=1).sum():
+            if padded > 8 * BLOCK or padded > 1.5 * filled:
                 break
-            n, m, stop = rows, columns, stop + 1
+            stop += 1
         yield order[start:stop]
         start = stop
 
@@ -209,6 +215,16 @@ def _stack(cells: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for target, x in zip(out, cells, strict=True):
         target[: len(x)] = x
     return out, np.arange(out.shape[1]) < sizes[:, None]
+
+
+def _centre(cells: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean cell of every condition, (b, 1, d): near the origin the expansion of the square rounds least."""
+    return np.asarray(cells.sum(axis=1) / mask.sum(axis=1)[:, None])[:, None]
+
+
+def _moved(cells: np.ndarray, mask: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Subtract the centre from the cells, the padding staying zero."""
+    return np.asarray((cells - centre) * mask[..., None])
 
 
 def _products(
@@ -226,7 +242,7 @@ def _products(
     b = np.concatenate([right, np.ones_like(b_norm), b_norm], axis=2).swapaxes(1, 2)
     tolerance = EQUAL * (a_norm.max() + b_norm.max())
     n, m = a.shape[1], b.shape[2]
-    step = max(1, min(n, BLOCK // (len(index) * m)))
+    step = min(n, max(MIN_ROWS, BLOCK // (len(index) * m)))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         columns = slice(start if triangle else 0, m)
