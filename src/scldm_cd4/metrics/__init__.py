@@ -1,10 +1,18 @@
 """Metrics of generated cells: AnnData or arrays in, numbers and tables out. Knows nothing of the model."""
 
-from scldm_cd4.metrics import baselines, registry
+from scldm_cd4.metrics import baselines, compat, registry
 from scldm_cd4.metrics._aggregate import aggregate, bootstrap, rank_average, score
 from scldm_cd4.metrics._de import DETests, context_test, control_ranks, de_genes, de_recovery, de_tests
 from scldm_cd4.metrics._de_recovery import area_under_curves, de_table
-from scldm_cd4.metrics._delta import chance_level, context_delta, pearson_delta, safe_pearson
+from scldm_cd4.metrics._delta import (
+    chance_level,
+    context_delta,
+    cosine_delta,
+    l2_delta,
+    pearson_delta,
+    safe_pearson,
+    spearman_delta,
+)
 from scldm_cd4.metrics._discrimination import discrimination, effect_distances
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference, distribution_table
 from scldm_cd4.metrics._effects import control_halves, effect_table
@@ -60,12 +68,14 @@ __all__ = [
     "benjamini_hochberg",
     "bootstrap",
     "chance_level",
+    "compat",
     "combine_tests",
     "condition_codes",
     "context_delta",
     "context_test",
     "control_halves",
     "control_ranks",
+    "cosine_delta",
     "de_genes",
     "de_recovery",
     "de_table",
@@ -81,6 +91,7 @@ __all__ = [
     "frechet_distance",
     "group_means",
     "intercept_nb",
+    "l2_delta",
     "log_normalize",
     "mean_and_error",
     "median_distance",
@@ -106,6 +117,7 @@ __all__ = [
     "safe_pearson",
     "sample_counts",
     "score",
+    "spearman_delta",
     "target_mask",
     "top_genes",
     "wasserstein",

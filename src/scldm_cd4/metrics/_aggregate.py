@@ -198,8 +198,8 @@ def rank_average(tables: Any, *, ceiling: bool = False, metrics: Sequence[str] |
     """Rank methods against each other, families of metrics with equal weight.
 
     Within each condition and metric the methods are ranked (1 is best, ties share the mean rank, an undefined value is
-    worst; a method that is undefined throughout is left out). Ranks are averaged over conditions, then over the metrics of a family, then over families, so that many
-    similar columns of one family do not decide.
+    worst; a method that is undefined throughout is left out). Ranks are averaged over conditions, then over the metrics
+    of a family, then over families, so that many similar columns of one family do not decide.
 
     Parameters
     ----------
