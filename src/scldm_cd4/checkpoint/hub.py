@@ -127,5 +127,5 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
             f"{name}{at} is not in the local cache, and the hub could not be asked{offline}: connect once, or give a "
             "local folder"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:  # those of the client's HTTP library
         raise CheckpointError(f"the hub refuses {name}{at}, or cannot be reached: {error}") from error
