@@ -16,17 +16,11 @@ from scldm_cd4.metrics._delta import (
 from scldm_cd4.metrics._discrimination import discrimination, effect_distances
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference, distribution_table
 from scldm_cd4.metrics._effects import control_halves, effect_table
+from scldm_cd4.metrics._energy import control_distances, energy_correlation, energy_distance, within_distance
 from scldm_cd4.metrics._evaluate import evaluate
 from scldm_cd4.metrics._frechet import frechet_distance
 from scldm_cd4.metrics._memorisation import memorisation, memorisation_table, memorised_share, nearest_distance
-from scldm_cd4.metrics._mmd import (
-    MULTI_SCALES,
-    energy_distance,
-    median_distance,
-    mmd2,
-    permutation_test,
-    within_distance,
-)
+from scldm_cd4.metrics._mmd import MULTI_SCALES, median_distance, mmd2, permutation_test
 from scldm_cd4.metrics._moments import r2, r2_mean, r2_variance
 from scldm_cd4.metrics._neighbours import one_nn_accuracy, prdc
 from scldm_cd4.metrics._projection import Projection, fit_projection
@@ -68,11 +62,12 @@ __all__ = [
     "benjamini_hochberg",
     "bootstrap",
     "chance_level",
-    "compat",
     "combine_tests",
+    "compat",
     "condition_codes",
     "context_delta",
     "context_test",
+    "control_distances",
     "control_halves",
     "control_ranks",
     "cosine_delta",
@@ -85,6 +80,7 @@ __all__ = [
     "effect_distances",
     "effect_table",
     "effect_weights",
+    "energy_correlation",
     "energy_distance",
     "evaluate",
     "fit_projection",

@@ -7,7 +7,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._pseudobulk import as_matrix, excluded_mask, group_means
-from scldm_cd4.metrics._rows import pearson_rows
+from scldm_cd4.metrics._rows import cosine_rows, pearson_rows, shift, spearman_rows
 
 
 def safe_pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -76,7 +76,21 @@ def context_delta(
     if (control_sizes == 0).any():
         raise DataError(f"no control cells in context {levels[control_sizes == 0].tolist()}; drop it or add controls")
     means, sizes = group_means(x, codes, len(levels))
-    return (sizes / sizes.sum()) @ (means - control_means)
+    return (sizes / sizes.sum()) @ shift(means, control_means)
+
+
+Contexts = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _deltas(
+    real: Any, pred: Any, control: Any, contexts: Contexts | None, exclude: Sequence[int] | np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Real and predicted mean shift over the genes that count, each (1, genes)."""
+    real_contexts, pred_contexts, control_contexts = contexts or (None, None, None)
+    truth = context_delta(real, control, real_contexts, control_contexts)
+    guess = context_delta(pred, control, pred_contexts, control_contexts)
+    keep = excluded_mask(truth.size, exclude)
+    return truth[None, keep], guess[None, keep]
 
 
 def pearson_delta(
@@ -84,7 +98,7 @@ def pearson_delta(
     pred: Any,
     control: Any,
     *,
-    contexts: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    contexts: Contexts | None = None,
     exclude: Sequence[int] | np.ndarray | None = None,
 ) -> float:
     r"""Pearson correlation of real and predicted mean shifts over genes.
@@ -92,7 +106,8 @@ def pearson_delta(
     :math:`r(\bar x_{real} - \bar x_{ctrl},\ \bar x_{pred} - \bar x_{ctrl})` with the same real control on both sides,
     shifts taken within context and averaged over contexts with the cells as weights. Range -1 to 1, best 1. The
     chance level is not 0 but :func:`chance_level`, since both shifts share the noise of the control mean. Definition
-    as in STATE's evaluation (cell-eval, ``pearson_delta``) with the real control on both sides (cell-eval2).
+    as in STATE's evaluation (cell-eval, ``pearson_delta``) with the real control on both sides (cell-eval2). For many
+    conditions, other references and disjoint controls see :func:`effect_table`.
 
     Parameters
     ----------
@@ -112,8 +127,66 @@ def pearson_delta(
     DataError
         If a context lacks control cells.
     """
-    real_contexts, pred_contexts, control_contexts = contexts or (None, None, None)
-    truth = context_delta(real, control, real_contexts, control_contexts)
-    guess = context_delta(pred, control, pred_contexts, control_contexts)
-    keep = excluded_mask(truth.size, exclude)
-    return safe_pearson(truth[keep], guess[keep])
+    return float(pearson_rows(*_deltas(real, pred, control, contexts, exclude))[0])
+
+
+def spearman_delta(
+    real: Any,
+    pred: Any,
+    control: Any,
+    *,
+    contexts: Contexts | None = None,
+    exclude: Sequence[int] | np.ndarray | None = None,
+) -> float:
+    """Spearman correlation of real and predicted mean shifts over genes.
+
+    The correlation of the shifts' mid-ranks; parameters, errors and chance level as for :func:`pearson_delta`. Range -1
+    to 1, best 1. It weighs the many genes with small shifts as much as the few with large ones. Source: cz-benchmarks.
+
+    Returns
+    -------
+    The correlation; NaN if a shift is constant.
+    """
+    return float(spearman_rows(*_deltas(real, pred, control, contexts, exclude))[0])
+
+
+def cosine_delta(
+    real: Any,
+    pred: Any,
+    control: Any,
+    *,
+    contexts: Contexts | None = None,
+    exclude: Sequence[int] | np.ndarray | None = None,
+) -> float:
+    r"""Cosine of real and predicted mean shifts over genes.
+
+    Unlike the correlation it counts a shift that all genes have in common. Parameters, errors and chance level as for
+    :func:`pearson_delta`. Range -1 to 1, best 1. Source: perturbench.
+
+    Returns
+    -------
+    The cosine; NaN if a shift is zero.
+    """
+    return float(cosine_rows(*_deltas(real, pred, control, contexts, exclude))[0])
+
+
+def l2_delta(
+    real: Any,
+    pred: Any,
+    control: Any,
+    *,
+    contexts: Contexts | None = None,
+    exclude: Sequence[int] | np.ndarray | None = None,
+) -> float:
+    r"""Euclidean distance of real and predicted mean shifts.
+
+    Parameters and errors as for :func:`pearson_delta`. Range 0 upwards, best 0; a prediction of no change has
+    :math:`\|\delta\|`. It grows with genes and with sampling noise: compare it with a repeat of the
+    experiment at the same number of cells. Source: Dibaeinia et al. 2026 (L2-delta).
+
+    Returns
+    -------
+    The distance.
+    """
+    truth, guess = _deltas(real, pred, control, contexts, exclude)
+    return float(np.linalg.norm(truth - guess))

@@ -9,7 +9,7 @@ import numpy as np
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._delta import chance_level
 from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks, as_matrix, pseudobulks
-from scldm_cd4.metrics._rows import centred_rows, cosine_rows, pearson_rows, spearman_rows
+from scldm_cd4.metrics._rows import centred_rows, cosine_rows, pearson_rows, shift, spearman_rows
 from scldm_cd4.metrics._weights import RestScores, effect_weights, top_genes, welch_scores
 
 Space = Literal["mean_log", "log_sum"]
@@ -151,7 +151,8 @@ def effect_table(
         rows = slice(start, start + ROWS)
         at, there, control_at = matched.real[rows], matched.pred[rows], matched.control[rows]
         keys, keep = matched.keys[rows], None if exclude is None else ~exclude[rows]
-        dx, dy = x[at] - x[control_at], y[there] - (x[control_at] if own is None else y[own[rows]])
+        dx = shift(x[at], x[control_at])
+        dy = shift(y[there], x[control_at] if own is None else y[own[rows]])
         score = welch_scores(real, at, control_at) if scores is None else np.abs(scores[rows])
         part = {
             **_correlations(dx, dy, keep),
@@ -267,7 +268,9 @@ def _disjoint(
     controls = [(*key[:-1], control) for key in keys]
     rows = [half.rows(controls) for half in halves]
     first, second = (profiles(half, space)[0][row] for half, row in zip(halves, rows, strict=True))
-    values = (pearson_rows(x - first, y - second, keep) + pearson_rows(x - second, y - first, keep)) / 2
+    values = (
+        pearson_rows(shift(x, first), shift(y, second), keep) + pearson_rows(shift(x, second), shift(y, first), keep)
+    ) / 2
     values[(rows[0] < 0) | (rows[1] < 0)] = np.nan
     return values
 
@@ -290,7 +293,7 @@ def _versus_training(
         return np.full(len(keys), np.nan)
     nothing = np.full(x.shape[1], np.nan)
     centre = np.stack([centres.get(key[:-1], nothing) for key in keys])
-    return pearson_rows(x - centre, y - centre, keep)
+    return pearson_rows(shift(x, centre), shift(y, centre), keep)
 
 
 def control_halves(

@@ -33,6 +33,13 @@ def spearman_rows(x: np.ndarray, y: np.ndarray, keep: np.ndarray | None = None) 
     return pearson_rows(_ranks(x, keep), _ranks(y, keep), keep)
 
 
+def shift(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Subtract a reference; differences that are rounding only become zero, so that no change stays no change."""
+    difference: np.ndarray = values - reference
+    difference[np.abs(difference) <= 1e-11 * np.abs(values)] = 0.0
+    return difference
+
+
 def centred_rows(values: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
     """Subtract each row's mean over the genes that count; the others, and what rounding leaves, become zero."""
     x = np.asarray(values, dtype=np.float64)
