@@ -7,18 +7,11 @@ from typing import Any
 import numpy as np
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.metrics._energy import energy_of
 from scldm_cd4.metrics._frechet import frechet_of, gaussians
-from scldm_cd4.metrics._mmd import (
-    MULTI_SCALES,
-    PairMeans,
-    cross_means,
-    energy_of,
-    median_distance,
-    mmd2_of,
-    rbf_bandwidths,
-    within_means,
-)
+from scldm_cd4.metrics._mmd import MULTI_SCALES, median_distance, mmd2_of, rbf_bandwidths
 from scldm_cd4.metrics._neighbours import NEIGHBOURS, Neighbours, neighbour_scores, neighbours_within
+from scldm_cd4.metrics._pair_means import PairMeans, cross_means, within_means
 from scldm_cd4.metrics._pairwise import check_blocks, equal_sizes, subset
 from scldm_cd4.metrics._wasserstein import wasserstein
 
@@ -65,7 +58,7 @@ class DistributionReference:
         max_cells_kernel: int = 10_000,
         seed: int = 0,
     ) -> None:
-        blocks, _ = check_blocks(real, real)
+        blocks = check_blocks(real, "real condition")
         self.k, self.seed, self.max_cells, self.max_cells_kernel = k, seed, max_cells, max_cells_kernel
         self.n_cells = np.array([len(block) for block in blocks], dtype=np.int64)
         self._kernel_blocks = [subset(block, max_cells_kernel, seed, 0) for block in blocks]
@@ -113,7 +106,10 @@ class DistributionReference:
         unknown = set(metrics) - set(DISTRIBUTION_METRICS)
         if unknown:
             raise DataError(f"unknown metrics {sorted(unknown)}; use some of {DISTRIBUTION_METRICS}")
-        _, blocks = check_blocks(self._blocks, pred)
+        blocks = check_blocks(pred, "predicted condition")
+        if len(blocks) != len(self._blocks):
+            raise DataError(f"{len(self._blocks)} real and {len(blocks)} predicted conditions; give one block of each")
+        check_blocks([*self._blocks[:1], *blocks[:1]])
         used = [subset(block, self.max_cells, self.seed, 1) for block in blocks]
         out: dict[str, np.ndarray] = {}
         # the products are small: threads would wait for each other

@@ -1,39 +1,21 @@
-"""Maximum mean discrepancy and energy distance: differences of mean kernels between populations."""
+"""Maximum mean discrepancy: the difference of mean kernels within and between populations."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._compositional import COMPOSITIONAL, compositional_kernel, compositional_means
-from scldm_cd4.metrics._pairwise import aligned, check_finite, cross_blocks, pair, subset, within_blocks
+from scldm_cd4.metrics._pair_means import PairMeans, cross_means, within_means
+from scldm_cd4.metrics._pairwise import aligned, check_finite, pair, subset
 from scldm_cd4.metrics._pseudobulk import as_matrix, dense
 
 MULTI_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the bandwidth over which the multi-bandwidth MMD averages."""
 KERNELS = ("rbf", *COMPOSITIONAL)
-ROWS = 512
-"""Rows of exact distances that are computed at a time."""
 PERMUTATION_LIMIT = 5_000
 """Cells of both sides together that a permutation test takes: their kernel matrix has 200 MB."""
-
-
-@dataclass(frozen=True)
-class PairMeans:
-    """Means over pairs of cells, one entry per condition, NaN where there is no pair.
-
-    Attributes
-    ----------
-    kernel
-        Mean RBF kernel at every bandwidth, (conditions, bandwidths).
-    distance
-        Mean Euclidean distance, (conditions,).
-    """
-
-    kernel: np.ndarray
-    distance: np.ndarray
 
 
 def median_distance(reference: Any, *, max_cells: int | None = 2000, seed: int = 0) -> float:
@@ -145,81 +127,6 @@ def rbf_bandwidths(sigma: float, scales: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(sigma * scale) if sigma > 0 else float("nan") for scale in scales)
 
 
-def energy_distance(
-    real: Any,
-    pred: Any,
-    *,
-    squared: bool = False,
-    biased: bool = False,
-    within_x: float | None = None,
-    within_y: float | None = None,
-) -> float:
-    r"""Energy distance between two populations, unbiased.
-
-    :math:`2\,E\|X-Y\| - E\|X-X'\| - E\|Y-Y'\|` with Euclidean norms, not squared and not rooted, each within-term
-    over pairs of *different* cells (U-statistic). Best value 0; expected value 0 for two samples of one distribution,
-    so single values may be negative and are not clipped; no upper bound. Székely & Rizzo, J. Stat. Plan. Inference
-    2013; scPerturb (Peidli et al., Nat. Methods 2024) with the U-statistic. For an exact copy of the cells the value
-    is below 0 by about the mean within-distance times 2/n.
-
-    Parameters
-    ----------
-    real, pred
-        Cells x features, in a space fitted on other cells (see :func:`fit_projection`).
-    squared
-        Take squared norms. The V-statistic then is twice the squared distance of the means and sees nothing else; it
-        is what early releases of scPerturb computed.
-    biased
-        Give the V-statistic: 0 for a copy, never negative, positive for two samples of one distribution.
-    within_x, within_y
-        The within-terms where already known (:func:`within_distance`); only for the default form.
-
-    Returns
-    -------
-    The distance; NaN if either side has fewer than two cells.
-
-    Raises
-    ------
-    DataError
-        If the features differ, or known within-terms are given for another form.
-    """
-    a, b = pair(real, pred)
-    n, m = len(a), len(b)
-    if (squared or biased) and not (within_x is None and within_y is None):
-        raise DataError("within_x and within_y are for the unbiased distance that is not squared")
-    if min(n, m) < 2:
-        return float("nan")
-    metric = "sqeuclidean" if squared else "euclidean"
-    known = ((a, within_x), (b, within_y))
-    within = [_mean_within(side, metric) if value is None else value for side, value in known]
-    if biased:
-        within = [value * (len(side) - 1) / len(side) for side, value in zip((a, b), within, strict=True)]
-    between = sum(float(block.sum()) for block in _distances(a, b, metric)) / (n * m)
-    return 2.0 * between - sum(within)
-
-
-def within_distance(x: Any) -> float:
-    """Mean Euclidean distance over ordered pairs of different cells; NaN with fewer than two cells."""
-    return _mean_within(dense(as_matrix(x)), "euclidean")
-
-
-def _mean_within(x: np.ndarray, metric: str) -> float:
-    """Mean distance over pairs of different cells, each pair computed once."""
-    n, total = len(x), 0.0
-    for start in range(0, n, ROWS):
-        (block,) = _distances(x[start : start + ROWS], x[start:], metric)
-        # the first columns are these rows with themselves, the rest has its mirror image elsewhere
-        total += 2.0 * float(block.sum()) - float(block[:, : len(block)].sum())
-    return total / (n * (n - 1)) if n > 1 else float("nan")
-
-
-def _distances(a: np.ndarray, b: np.ndarray, metric: str) -> Iterator[np.ndarray]:
-    """Give the distances of some rows of ``a`` at a time."""
-    from scipy.spatial.distance import cdist
-
-    return (cdist(a[start : start + ROWS], b, metric) for start in range(0, len(a), ROWS))
-
-
 def permutation_test(
     real: Any,
     pred: Any,
@@ -321,82 +228,3 @@ def mmd2_of(
     if biased:
         return (x.kernel * (n - 1) + 1) / n + (y.kernel * (m - 1) + 1) / m - 2.0 * between.kernel
     return x.kernel + y.kernel - 2.0 * between.kernel
-
-
-def energy_of(x: PairMeans, y: PairMeans, between: PairMeans) -> np.ndarray:
-    """Combine means over pairs into the unbiased energy distance, (conditions,)."""
-    return 2.0 * between.distance - x.distance - y.distance
-
-
-def within_means(cells: Sequence[np.ndarray], bandwidths: Sequence[float], *, distance: bool = False) -> PairMeans:
-    """Mean kernels and distances over pairs of different cells of every condition.
-
-    Parameters
-    ----------
-    cells
-        One array per condition, cells x features.
-    bandwidths
-        Bandwidths of the RBF kernel; may be empty.
-    distance
-        Whether the mean distance is wanted; NaN otherwise.
-
-    Returns
-    -------
-    The means; NaN for conditions with fewer than two cells.
-    """
-    sums = _Sums(len(cells), bandwidths, distance)
-    for block in within_blocks(cells, triangle=True):
-        n = block.squares.shape[1]
-        weights = block.column_mask * np.where(np.arange(block.squares.shape[2]) < n, 1.0, 2.0)
-        sums.add(block.index, block.squares, block.row_mask, weights)
-    n_cells = np.array([len(x) for x in cells])
-    # a cell with itself has kernel 1 and distance 0
-    return sums.means(n_cells * (n_cells - 1.0), own=n_cells)
-
-
-def cross_means(
-    real: Sequence[np.ndarray], pred: Sequence[np.ndarray], bandwidths: Sequence[float], *, distance: bool = False
-) -> PairMeans:
-    """Mean kernels and distances over pairs of a real and a predicted cell of every condition.
-
-    Parameters and return as in :func:`within_means`.
-    """
-    sums = _Sums(len(real), bandwidths, distance)
-    for block in cross_blocks(real, pred):
-        sums.add(block.index, block.squares, block.row_mask, block.column_mask.astype(np.float64))
-    n_pairs = np.array([float(len(x) * len(y)) for x, y in zip(real, pred, strict=True)])
-    return sums.means(n_pairs, own=np.zeros(len(real)))
-
-
-class _Sums:
-    """Weighted sums of kernels and distances over blocks."""
-
-    def __init__(self, n_conditions: int, bandwidths: Sequence[float], distance: bool) -> None:
-        self.bandwidths = np.asarray(bandwidths, dtype=np.float64)
-        self.kernel = np.zeros((n_conditions, len(self.bandwidths)))
-        self.distance = np.full(n_conditions, 0.0 if distance else np.nan)
-        self.wants_distance = distance
-
-    def add(self, index: np.ndarray, squares: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
-        kernel, previous = np.empty_like(squares), 0.0
-        for position in np.argsort(-self.bandwidths):
-            width = self.bandwidths[position]
-            if previous == 2.0 * width:  # half the width is the fourth power
-                np.square(kernel, out=kernel)
-                np.square(kernel, out=kernel)
-            else:
-                np.multiply(squares, -0.5 / width**2, out=kernel)
-                np.exp(kernel, out=kernel)
-            self.kernel[index, position] += _weighted(kernel, rows, columns)
-            previous = width
-        if self.wants_distance:
-            self.distance[index] += _weighted(np.sqrt(squares, out=kernel), rows, columns)
-
-    def means(self, n_pairs: np.ndarray, own: np.ndarray) -> PairMeans:
-        """Divide by the number of pairs, after taking out the cells' kernels with themselves."""
-        pairs = np.where(n_pairs > 0, n_pairs, np.nan)
-        return PairMeans((self.kernel - own[:, None]) / pairs[:, None], self.distance / pairs)
-
-
-def _weighted(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return np.einsum("br,br->b", np.matmul(values, columns[..., None])[..., 0], rows)

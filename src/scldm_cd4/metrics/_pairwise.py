@@ -104,26 +104,21 @@ def check_finite(values: np.ndarray, what: str) -> np.ndarray:
     return values
 
 
-def check_blocks(real: Sequence[Any], pred: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Take two lists of populations, one per condition, over the same features.
+def check_blocks(blocks: Sequence[Any], what: str = "condition") -> list[np.ndarray]:
+    """Take populations, one per condition, as float64 arrays over the same features.
 
     Raises
     ------
     DataError
-        If the lists differ in length, or any two populations in their number of features.
+        If a value is not finite, or two populations differ in their number of features.
     """
-    sides = []
-    for name, blocks in (("real", real), ("predicted", pred)):
-        arrays = [dense(as_matrix(block)) for block in blocks]
-        for i, array in enumerate(arrays):
-            check_finite(array, f"{name} condition {i}")
-        sides.append(arrays)
-    if len(sides[0]) != len(sides[1]):
-        raise DataError(f"{len(sides[0])} real and {len(sides[1])} predicted conditions; give one block of each")
-    widths = {array.shape[1] for side in sides for array in side}
+    arrays = [dense(as_matrix(block)) for block in blocks]
+    for i, array in enumerate(arrays):
+        check_finite(array, f"{what} {i}")
+    widths = {array.shape[1] for array in arrays}
     if len(widths) > 1:
-        raise DataError(f"the conditions have {sorted(widths)} features; project all in the same way")
-    return sides[0], sides[1]
+        raise DataError(f"the populations have {sorted(widths)} features; project all in the same way")
+    return arrays
 
 
 def subset(values: Any, max_cells: int | None, seed: int, side: int) -> Any:
