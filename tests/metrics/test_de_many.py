@@ -31,7 +31,7 @@ def cells(seed=0, *, sizes=(90, 40, 30, 60, 50), n_genes=80, effect=1.0):
     return counts.astype(np.float32), codes
 
 
-def tested(seed=0, *, controls=None, **keywords):
+def all_tests(seed=0, *, controls=None, **keywords):
     counts, codes = cells(seed, **{k: keywords.pop(k) for k in ("sizes", "effect") if k in keywords})
     values = metrics.log_normalize(counts)
     if controls is None:
@@ -60,7 +60,7 @@ class TestRanks:
                 assert (p[group, ~varies] == 1).all()
 
     def test_blocks_and_order_of_cells_do_not_matter(self, monkeypatch):
-        expected = tested()
+        expected = all_tests()
         monkeypatch.setattr("scldm_cd4.metrics._ranks.BLOCK", 100)
         counts, codes = cells()
         order = np.random.default_rng(0).permutation(len(codes))
@@ -92,7 +92,7 @@ class TestRanks:
 class TestManyConditions:
     def test_equal_one_condition_at_a_time(self):
         counts, codes = cells()
-        values, tests = metrics.log_normalize(counts), tested()
+        values, tests = metrics.log_normalize(counts), all_tests()
         assert tests.keys == (("A", "g0"), ("A", "g1"), ("B", "g0"))
         assert tests.n.tolist() == [40, 30, 50]
         assert tests.n_control.tolist() == [90, 90, 60]
@@ -105,22 +105,22 @@ class TestManyConditions:
             np.testing.assert_allclose(tests.log2_fold_change[row], np.log2(levels[0] / levels[1]), rtol=1e-4)
 
     def test_scanpy_agrees(self):
-        ours, theirs = tested(), tested(backend="scanpy")
+        ours, theirs = all_tests(), all_tests(backend="scanpy")
         assert np.abs(np.log10(theirs.p) - np.log10(ours.p)).max() < 0.01
         assert (theirs.significant() == ours.significant()).mean() > 0.99
 
     def test_illico_agrees_where_installed(self):
         pytest.importorskip("illico", reason="the extra de is not installed")
-        ours, theirs = tested(), tested(backend="illico")
+        ours, theirs = all_tests(), all_tests(backend="illico")
         np.testing.assert_allclose(theirs.p, ours.p, rtol=1e-4)
         np.testing.assert_allclose(theirs.z, ours.z, atol=1e-3)
 
     def test_backends_refuse_in_words(self, monkeypatch):
         with pytest.raises(DataError, match="use 'ranks', 'illico' or 'scanpy'"):
-            tested(backend="edgeR")
+            all_tests(backend="edgeR")
         monkeypatch.setitem(sys.modules, "illico", None)
         with pytest.raises(DataError, match=r"scldm_cd4\[de\]"):
-            tested(backend="illico")
+            all_tests(backend="illico")
 
     def test_constant_cells_are_refused_by_name(self):
         counts, codes = cells()
@@ -131,22 +131,22 @@ class TestManyConditions:
             metrics.de_tests(metrics.log_normalize(counts), codes, KEYS, controls, control=CONTROL)
 
     def test_genes_left_out_or_too_rare_in_the_control_are_not_tested(self):
-        everything = tested()
+        everything = all_tests()
         counts, codes = cells()
         level = (1e4 * counts / counts.sum(axis=1, keepdims=True))[codes == 0].mean(axis=0)
         limit = np.median(level)
-        some = tested(min_control=limit)
+        some = all_tests(min_control=limit)
         assert (np.isnan(some.p[0]) == (level < limit)).all()
         kept = ~np.isnan(some.p)
         np.testing.assert_array_equal(some.p[kept], everything.p[kept])
         assert (some.p_adjusted[kept] <= everything.p_adjusted[kept] + 1e-15).mean() > 0.9
         mask = np.zeros((3, 80), dtype=bool)
         mask[1, 5] = True
-        out = tested(exclude=mask)
+        out = all_tests(exclude=mask)
         assert np.argwhere(np.isnan(out.p)).tolist() == [[1, 5]]
         assert not out.significant()[1, 5]
         with pytest.raises(DataError, match="conditions x genes"):
-            tested(exclude=mask[:1])
+            all_tests(exclude=mask[:1])
 
     def test_fold_changes_are_finite_where_a_gene_is_absent_on_one_side(self):
         counts, codes = cells()
@@ -173,13 +173,13 @@ class TestManyConditions:
         assert few.keys == (("A", "g0"), ("A", "g1"))
 
     def test_null_is_calibrated(self):
-        p = tested(seed=3, effect=0.0, sizes=(200, 100, 100, 200, 100)).p
+        p = all_tests(seed=3, effect=0.0, sizes=(200, 100, 100, 200, 100)).p
         assert (p < 0.05).mean() == pytest.approx(0.05, abs=0.035)
 
 
 class TestRecovery:
     def test_against_sets_and_curves_one_condition_at_a_time(self):
-        real, pred = tested(1), tested(2, effect=0.7)
+        real, pred = all_tests(1), all_tests(2, effect=0.7)
         table = metrics.de_table(real, pred, min_genes=2, top=(5,))
         for k in range(3):
             r, p = real.p_adjusted[k] < 0.05, pred.p_adjusted[k] < 0.05
@@ -200,7 +200,7 @@ class TestRecovery:
             assert table["de_n_real"][k] == r.sum()
 
     def test_self_is_perfect_and_order_of_genes_does_not_matter(self):
-        real, pred = tested(1), tested(2)
+        real, pred = all_tests(1), all_tests(2)
         same = metrics.de_table(real, real)
         for name in (
             "de_f1",
@@ -223,7 +223,7 @@ class TestRecovery:
             np.testing.assert_allclose(got[name], values, rtol=1e-9, err_msg=name)
 
     def test_nothing_real_is_undefined_and_silence_is_zero(self):
-        real, pred = tested(1), tested(2)
+        real, pred = all_tests(1), all_tests(2)
         silent = metrics.DETests(
             pred.keys, 0 * pred.z, 0 * pred.p + 1, 0 * pred.p + 1, 0 * pred.z, pred.n, pred.n_control
         )
@@ -259,7 +259,7 @@ class TestRecovery:
             assert pr[0] == pytest.approx(average_precision_score(y, scores[keep]))
 
     def test_missing_conditions_and_untested_genes(self):
-        real, pred = tested(1), tested(2)
+        real, pred = all_tests(1), all_tests(2)
         with pytest.raises(DataError, match="1 conditions were not predicted"):
             metrics.de_table(real, pred.take(np.array([0, 2])))
         table = metrics.de_table(real, pred.take(np.array([2, 0])), allow_missing=True)
