@@ -60,6 +60,20 @@ def test_compositional_kernels_equal_their_definitions():
     check({f"mmd2_{k}": metrics.mmd2(**block, kernel=k) for k in ("braycurtis", "ruzicka", "tanimoto")}, wanted)
 
 
+def test_energy_correlation_equals_cell_eval():
+    panel = FROZEN["panel"]
+    (real_control, *real), (pred_control, *pred) = (
+        [np.array(block) for block in panel["inputs"][side]] for side in ("real", "pred")
+    )
+    value = metrics.energy_correlation(real, pred, real_control, pred_control=pred_control, biased=True)
+    assert value == pytest.approx(panel["pearson_edistance"], abs=1e-9)
+    distances = metrics.control_distances(real, real_control)
+    wanted = [metrics.energy_distance(block, real_control) for block in real]
+    np.testing.assert_allclose(distances, wanted, rtol=1e-9)
+    assert metrics.energy_correlation(real, real, real_control) == pytest.approx(1)
+    assert np.isnan(metrics.energy_correlation(real[:1], pred[:1], real_control))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_table_equals_the_references(case):
     block, wanted = arrays(case), FROZEN["values"][case]
@@ -75,13 +89,14 @@ def test_table_equals_the_references(case):
 
 @pytest.mark.slow
 def test_references_live():
-    for package in ("scperteval", "prdc"):
+    for package in ("cell_eval", "scperteval", "prdc"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra test-ref)")
     spec = importlib.util.spec_from_file_location("make_distribution", GOLDENS / "make_distribution.py")
     assert spec is not None
     module: Any = importlib.util.module_from_spec(spec)
     assert spec.loader is not None
     spec.loader.exec_module(module)
+    assert module.edistance() == pytest.approx(FROZEN["panel"]["pearson_edistance"], abs=1e-9)
     values = module.values()
     for case, block in module.cases().items():
         for side, cells in block.items():

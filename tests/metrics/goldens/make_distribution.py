@@ -1,6 +1,7 @@
 """Write distribution.json: distribution metrics as other packages compute them.
 
-Run with a Python that has scperteval==0.2.0, POT==0.9.7.post1, prdc==0.2, scipy==1.17.1 and scikit-learn==1.9.1::
+Run with a Python that has cell-eval==0.8.2, scperteval==0.2.0, POT==0.9.7.post1, prdc==0.2, scipy==1.17.1 and
+scikit-learn==1.9.1::
 
     python tests/metrics/goldens/make_distribution.py
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("scperteval", "POT", "prdc", "scipy", "scikit-learn", "numpy")
+PACKAGES = ("cell-eval", "scperteval", "POT", "prdc", "scipy", "scikit-learn", "numpy")
 TARGET = Path(__file__).with_name("distribution.json")
 SINKHORN_SHARE = 0.05
 
@@ -70,6 +71,30 @@ def reference(real: np.ndarray, pred: np.ndarray) -> dict[str, Any]:
     }
 
 
+def perturbations() -> dict[str, list[np.ndarray]]:
+    """Make real and predicted cells of a control and four perturbations of growing strength."""
+    rng = np.random.default_rng(21)
+    strengths = {"real": (0.0, 0.5, 1.0, 2.0, 3.0), "pred": (0.1, 0.9, 0.7, 2.2, 2.5)}
+    return {
+        side: [np.round(rng.normal(shift, 1.0, (int(rng.integers(8, 20)), 5)), 6) for shift in shifts]
+        for side, shifts in strengths.items()
+    }
+
+
+def edistance() -> float:
+    """Correlate the energy distances to the control as cell-eval does, each side with its own control."""
+    import anndata as ad
+    from cell_eval._types import PerturbationAnndataPair
+    from cell_eval.metrics._anndata import edistance as reference_edistance
+
+    sides = {}
+    for side, blocks in perturbations().items():
+        labels = np.repeat(["control", "p1", "p2", "p3", "p4"], [len(block) for block in blocks])
+        sides[side] = ad.AnnData(np.vstack(blocks), obs={"target": labels})
+    data = PerturbationAnndataPair(real=sides["real"], pred=sides["pred"], pert_col="target", control_pert="control")
+    return float(reference_edistance(data))
+
+
 def sinkhorn(real: np.ndarray, pred: np.ndarray) -> float:
     """Debiased divergence from POT's logarithmic iterations, the entropy relative to the product of the marginals."""
     import ot
@@ -121,7 +146,9 @@ def main() -> None:
     """Write the file."""
     inputs = {name: {side: block.tolist() for side, block in case.items()} for name, case in cases().items()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    content = {"versions": versions, "inputs": inputs, "values": values()}
+    blocks = {side: [block.tolist() for block in blocks] for side, blocks in perturbations().items()}
+    panel = {"inputs": blocks, "pearson_edistance": edistance()}
+    content = {"versions": versions, "inputs": inputs, "values": values(), "panel": panel}
     TARGET.write_text(json.dumps(content) + "\n")
 
 
