@@ -192,6 +192,29 @@ class TestCompositionalKernels:
         tracemalloc.stop()
         assert peak < n * n * genes * 8 / 10
 
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_the_order_of_genes_does_not_matter(self, kernel):
+        x, y, order = counts(20, 30), counts(20, 30, 1), np.random.default_rng(2).permutation(30)
+        assert metrics.mmd2(x[:, order], y[:, order], kernel=kernel) == pytest.approx(
+            metrics.mmd2(x, y, kernel=kernel), abs=1e-12
+        )
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        "metric",
+        [metrics.mmd2, metrics.energy_distance, metrics.one_nn_accuracy, metrics.prdc, metrics.frechet_distance],
+    )
+    def test_distances_are_never_kept_all_at_once(self, metric):
+        n = 3000
+        x, y = normal(n, 3), normal(n, 3, 1)
+        metric(x[:50], y[:50])  # imports
+        tracemalloc.start()
+        metric(x, y)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < n * n * 8 / 2
+
 
 class TestWasserstein:
     def test_order_one_in_one_dimension(self):
@@ -379,6 +402,11 @@ class TestTable:
         assert table["w2"][0] != whole["w2"][0]
         assert table["mmd2"][0] != whole["mmd2"][0]
         assert table["frechet_distance"][0] == whole["frechet_distance"][0]
+
+    def test_no_conditions(self):
+        table = metrics.distribution_table([], [])
+        assert {len(values) for values in table.values()} == {0}
+        assert metrics.memorisation_table([], [], normal(5)).size == 0
 
     def test_refusals(self):
         x = [normal(9)]

@@ -18,8 +18,8 @@ def compositional_kernel(a: Any, b: Any, kernel: str) -> np.ndarray:
     With :math:`S = \sum_g x_g + \sum_g y_g` and :math:`L = \sum_g |x_g - y_g|`, the sums of minima and maxima are
     :math:`(S - L)/2` and :math:`(S + L)/2`: Bray-Curtis :math:`(S-L)/S`, Ruzicka :math:`(S-L)/(S+L)`. Tanimoto
     :math:`\langle x,y\rangle / (\|x\|^2 + \|y\|^2 - \langle x,y\rangle)` is one product. No array of cells x cells x
-    genes is needed. All three are positive definite on non-negative profiles, with values from 0 to 1, and 1 for
-    equal (Tanimoto, Ruzicka) profiles.
+    genes is needed. All three are positive definite on non-negative profiles, with values from 0 to 1, and 1 only
+    for equal profiles.
 
     Parameters
     ----------

@@ -93,8 +93,8 @@ class DistributionReference:
         -------
         One array (conditions,) per metric, NaN where undefined, and the numbers of cells ``n_real`` and ``n_pred``,
         those that W1 and W2 took after the draw (``n_real_used``, ``n_pred_used``; the neighbour metrics take the
-        lesser of both on each side), and ``n_shared``: predicted cells equal to a real one, NaN without neighbour
-        metrics.
+        lesser of both on each side), and ``n_shared``: of the predicted cells that the neighbour metrics took, those
+        equal to a real one; NaN without neighbour metrics.
 
         Raises
         ------
