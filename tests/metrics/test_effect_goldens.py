@@ -138,13 +138,26 @@ class TestCellEval2:
     def test_error_without_sampling_noise(self, bulks, goldens):
         keys = bulks["real"].conditions(CONTROL)
         mask = metrics.target_mask(keys, GENES)
-        table = metrics.effect_table(bulks["real"], bulks["pred"], control=CONTROL, exclude=mask, space="log_sum")
+        table = metrics.effect_table(
+            bulks["real"], bulks["pred"], control=CONTROL, exclude=mask, space="log_sum", budget=True
+        )
         golden = goldens["cell_eval2"]
         effect = expected(golden, "expr_distance_unbiased", keys)
         np.testing.assert_allclose(table["mse_effect"], effect, rtol=1e-4)
         error = expected(golden, "expr_mse_unbiased_capped", keys)
         np.testing.assert_allclose(table["mse_corrected"], error, rtol=1e-4)
         assert table["mse_corrected"].sum() / table["mse_effect"].sum() == pytest.approx(error.sum() / effect.sum())
+
+    def test_corrections_within_the_budget(self, bulks, goldens):
+        """A prediction without effects claims more correction than its profiles spread."""
+        keys = bulks["real"].conditions(CONTROL)
+        counts, labels = cells.effect_cells("flat")
+        flat = metrics.pseudobulks(metrics.log_normalize(counts), *metrics.condition_codes([labels]), counts=counts)
+        options = {"control": CONTROL, "exclude": metrics.target_mask(keys, GENES), "space": "log_sum"}
+        bounded = metrics.effect_table(bulks["real"], flat, budget=True, **options)["mse_corrected"]
+        golden = expected(goldens["cell_eval2_flat"], "expr_mse_unbiased_capped", keys)
+        np.testing.assert_allclose(bounded, golden, rtol=1e-4)
+        assert (bounded > metrics.effect_table(bulks["real"], flat, **options)["mse_corrected"]).all()
 
 
 class TestOthers:
@@ -172,6 +185,6 @@ def test_goldens_are_what_the_packages_give_today(tmp_path, goldens):
     subprocess.run([python, "-W", "ignore", str(GOLDENS / "make_effects.py"), str(path)], check=True)
     fresh = json.loads(path.read_text(encoding="utf-8"))
     assert fresh["versions"] == goldens["versions"]
-    for group in ("cell_eval", "cell_eval2"):
+    for group in ("cell_eval", "cell_eval2", "cell_eval2_flat"):
         for name, values in goldens[group].items():
             assert fresh[group][name] == pytest.approx(values, rel=1e-6, nan_ok=True), name

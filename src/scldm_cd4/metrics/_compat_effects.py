@@ -71,7 +71,7 @@ def vcc2026(real: Sample, pred: Sample, control: str) -> Rows:
     sides = [side.pseudobulks() for side in (real, pred)]
     keys = sides[0].conditions(control)
     mask = target_mask(keys, list(real.genes))
-    table = effect_table(*sides, control=control, exclude=mask, space="log_sum")
+    table = effect_table(*sides, control=control, exclude=mask, space="log_sum", budget=True)
     base = sides[0].log_sum[sides[0].rows([(*keys[0][:-1], control)])]  # type: ignore[index]
     deltas = [side.log_sum[side.rows(keys)] - base for side in sides]  # type: ignore[index]
     found = {

@@ -73,6 +73,7 @@ def effect_table(
     scores: np.ndarray | None = None,
     space: Space = "mean_log",
     control_source: Literal["real", "pred"] = "real",
+    budget: bool = False,
     top: Sequence[int] = TOP,
     allow_missing: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -123,6 +124,10 @@ def effect_table(
         ``"mean_log"``: means of log-normalised values. ``"log_sum"``: logarithm of summed counts.
     control_source
         Control of the predicted deltas: the real one, or (as in cell-eval) the prediction's own.
+    budget
+        Also bound the sum of the corrections of the predicted side by the spread of the predicted profiles within a
+        context, as cell-eval2 does since 0.20: a prediction whose cells scatter but whose means were pinned to the
+        control gains nothing then. A context with one perturbation gets no correction at all.
     top
         Numbers of top genes.
     allow_missing
@@ -146,6 +151,9 @@ def effect_table(
     y, pred_noise = profiles(pred, space)
     own = None if control_source == "real" else _own_controls(pred, matched.keys, control)
     rest, centres = RestScores(real, control), _training_centres(train, control, space)
+    claims = np.minimum(pred_noise[matched.pred], real_noise[matched.real])
+    if budget:
+        claims *= _shares(y[matched.pred], claims, matched.keys, None if exclude is None else ~exclude)
     parts = []
     for start in range(0, max(shape[0], 1), ROWS):
         rows = slice(start, start + ROWS)
@@ -162,7 +170,7 @@ def effect_table(
             "pearson_delta_pert": _versus_training(x[at], y[there], keys, centres, keep),
             **_errors(dx, dy, x[at] - y[there], keep),
             **_weighted_errors(dx, dy, effect_weights(rest.scores(at), keep)),
-            **_corrected(dx, x[at] - y[there], keep, real_noise[at], pred_noise[there], real_noise[control_at]),
+            **_corrected(dx, x[at] - y[there], keep, claims[rows], real_noise[at], real_noise[control_at]),
         }
         parts.append(part)
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -237,16 +245,33 @@ def _corrected(
     dx: np.ndarray,
     error: np.ndarray,
     keep: np.ndarray | None,
+    claims: np.ndarray,
     real_noise: np.ndarray,
-    pred_noise: np.ndarray,
     control_noise: np.ndarray,
 ) -> dict[str, np.ndarray]:
     size = np.full(len(dx), dx.shape[1]) if keep is None else keep.sum(axis=1)
     distance, effect = (np.square(_kept(side, keep)).sum(axis=1) for side in (error, dx))
     return {
-        "mse_corrected": (distance - np.minimum(pred_noise, real_noise) - real_noise) / size,
+        "mse_corrected": (distance - claims - real_noise) / size,
         "mse_effect": (effect - real_noise - control_noise) / size,
     }
+
+
+def _shares(y: np.ndarray, claims: np.ndarray, keys: Sequence[Key], keep: np.ndarray | None) -> np.ndarray:
+    """Part of the claimed corrections that the spread of the predicted profiles within each context covers, (K,)."""
+    kept = np.ones(y.shape, dtype=bool) if keep is None else keep
+    weights = 1.0 / np.maximum(kept.sum(axis=1), 1)
+    contexts = [key[:-1] for key in keys]
+    out = np.ones(len(keys))
+    for context in dict.fromkeys(contexts):
+        own = np.array([other == context for other in contexts])
+        weight = np.where(kept[own], weights[own, None], 0.0)
+        total = np.maximum(weight.sum(axis=0), np.finfo(float).tiny)
+        centred = y[own] - (weight * y[own]).sum(axis=0) / total
+        spread = np.where(kept[own].sum(axis=0) > 1, (weight * np.square(centred)).sum(axis=0), 0.0).sum()
+        claim = weights[own] @ claims[own]
+        out[own] = min(1.0, spread / claim) if claim > 0 else 1.0
+    return out
 
 
 def _kept(values: np.ndarray, keep: np.ndarray | None) -> np.ndarray:

@@ -53,14 +53,14 @@ def cell_eval_v1() -> dict[str, dict[str, float]]:
     return _columns(results)
 
 
-def cell_eval_v2() -> dict[str, dict[str, float]]:
+def cell_eval_v2(side: str) -> dict[str, dict[str, float]]:
     """Metrics of cell-eval2 by its preset of 2026, on counts, real control on both sides."""
     from cell_eval2 import compute_metrics
     from cell_eval2.config import EvalConfig
 
     config = EvalConfig.from_preset("vcc2026")
     table = compute_metrics(
-        _adata("pred", log=False), _adata("real", log=False), config=config, device="cpu", cache_strict=False
+        _adata(side, log=False), _adata("real", log=False), config=config, device="cpu", cache_strict=False
     )
     return _columns(table)
 
@@ -97,7 +97,8 @@ def main() -> None:
     goldens = {
         "versions": {name: version(name) for name in PACKAGES},
         "cell_eval": cell_eval_v1(),
-        "cell_eval2": cell_eval_v2(),
+        "cell_eval2": cell_eval_v2("pred"),
+        "cell_eval2_flat": cell_eval_v2("flat"),
         "p_values": p_values(),
         "scperteval": weighted(),
     }
