@@ -139,13 +139,16 @@ def evaluate(
     controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
     _warn_of_targets(scored, chosen, target_genes)
     truth = Truth(setting.real.select(scored), Controls(controls, keys.control), reference, options)
-    training = None if setting.train is None or input_type != "counts" else Training(setting.train, keys.control)
-    found = _Found(truth, read["pred"].select(scored), training, seed)
+    has_use = setting.train is not None and input_type == "counts" and (names or ceilings)
+    training = Training(setting.train, keys.control) if has_use and setting.train is not None else None
+    pred_sample, fitted_on, extra_notes = read["pred"].select(scored), setting.fitted_on, setting.notes
+    del read, setting, controls  # copies of the scored cells are all that is needed from here
+    found = _Found(truth, pred_sample, training, seed)
     for name in names:
         found.add_baseline(name)
     if ceilings:
         found.repeat(n_repeats)
-    table = _table(found, keys, setting.notes, notes, read["pred"])
+    table = _table(found, keys, extra_notes, notes)
     table.attrs = {
         "metrics": "scldm_cd4",
         "profile": profile if isinstance(profile, str) else list(metrics),
@@ -155,7 +158,7 @@ def evaluate(
         "n_genes": len(chosen),
         "genes_left_out": {what: int(adata.n_vars - len(chosen)) for what, adata in sides.items()},
         "n_components": len(reference.projection.components),
-        "components_fitted_on": setting.fitted_on,
+        "components_fitted_on": fitted_on,
         "input_type": input_type,
         "baselines": list(names),
         "n_repeats": n_repeats if ceilings else 0,
@@ -226,9 +229,7 @@ def _warn_of_targets(scored: Sequence[Key], genes: np.ndarray, named: Mapping[st
         )
 
 
-def _table(
-    found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: Mapping[Key, tuple[int, int, str]], pred: Sample
-) -> Any:
+def _table(found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: Mapping[Key, tuple[int, int, str]]) -> Any:
     """Put everything into one row per condition and metric."""
     import pandas as pd
 

@@ -122,6 +122,8 @@ class Sample:
 
     def select(self, keys: Sequence[Key]) -> "Sample":
         """Give the cells of some conditions; codes are positions in these ``keys``, also of those without cells."""
+        if tuple(keys) == self.keys:
+            return self
         parts = [self.rows(key) for key in keys]
         rows = np.concatenate([*parts, np.empty(0, dtype=np.int64)])
         counts = None if self.counts is None else self.counts[rows]
@@ -132,10 +134,10 @@ class Sample:
         """Cells of every condition, (conditions,)."""
         return np.bincount(self.codes, minlength=len(self.keys))
 
-    def pseudobulks(self) -> Pseudobulks:
-        """Moments of every condition that has cells."""
+    def pseudobulks(self, *, counts: bool = True) -> Pseudobulks:
+        """Moments of every condition that has cells; without those of summed counts where they are not wanted."""
         codes, keys = present_conditions(self.codes, self.keys)
-        return pseudobulks(self.values, codes, keys, counts=self.counts)
+        return pseudobulks(self.values, codes, keys, counts=self.counts if counts else None)
 
 
 def join(samples: Sequence[Sample]) -> Sample:

@@ -11,7 +11,7 @@ from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._samples import Sample, join
 from scldm_cd4.metrics._truth import Reference, draw, halve
 
-MAX_FITTED = 20_000
+MAX_FITTED = 10_000
 """Reference cells that the principal components are fitted on, drawn where there are more."""
 
 
@@ -148,6 +148,6 @@ def fit_reference(setting: Setting, n_components: int, seed: int) -> Reference:
     train = setting.train
     return Reference(
         projection,
-        None if train is None else train.pseudobulks(),
+        None if train is None else train.pseudobulks(counts=False),
         None if train is None else projection.apply(train.values),
     )

@@ -147,7 +147,6 @@ class Truth:
             sample.codes,
             sample.keys,
             control=self.controls.label,
-            counts=sample.counts,
             seed=self.options.seed,
         )
 
@@ -235,13 +234,15 @@ class Truth:
         return out | self._discrimination(bulks)
 
     def _effect_table(self, bulks: Pseudobulks, space: Space) -> dict[str, np.ndarray]:
-        halves = self.halves if "pearson_delta_disjoint" in self.options.metrics else None
+        # these two are asked of means of logarithms only
+        is_plain = space == "mean_log"
+        halves = self.halves if is_plain and "pearson_delta_disjoint" in self.options.metrics else None
         return effect_table(
             self.bulks,
             bulks,
             control=self.controls.label,
             exclude=self.exclude,
-            train=self.reference.bulks,
+            train=self.reference.bulks if is_plain else None,
             halves=halves,
             space=space,
             allow_missing=True,
