@@ -108,6 +108,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     at = "" if revision is None else f" at revision {revision!r}"
+    failed: tuple[type[Exception], ...] = (errors.HFValidationError, *errors.HfHubHTTPError.__bases__)  # HTTP client
     try:
         yield
     except errors.GatedRepoError as error:
@@ -127,5 +128,5 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
             f"{name}{at} is not in the local cache, and the hub could not be asked{offline}: connect once, or give a "
             "local folder"
         ) from error
-    except (errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:  # those of the client's HTTP library
+    except failed as error:
         raise CheckpointError(f"the hub refuses {name}{at}, or cannot be reached: {error}") from error

@@ -4,11 +4,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
 from scldm_cd4 import __version__
 from scldm_cd4._errors import DataError, ScldmError
+from scldm_cd4.cli._arguments import add_commands, natural, positive
 from scldm_cd4.config import PRESETS
 
 FAILED, INTERRUPTED = 2, 130
@@ -25,18 +27,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    Exit status: 0, or 2 after an error that a sentence on stderr explains, or 130 after an interrupt.
+    Exit status: 0, 1 for what ``validate`` finds not valid, 2 after an error that a sentence on stderr explains, or 130
+    after an interrupt.
     """
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            sys.stdout.write(_demo(options))
+            sys.stdout.write(_run(options))
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except (ScldmError, OSError) as error:
-        return _fail(str(error), FAILED)
+        return _fail(str(error), getattr(error, "status", FAILED))
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments; KEY=VALUE may stand anywhere after ``train``."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.run == "_train:train":
+        if options.data is not None and "=" in options.data.name and not options.data.exists():
+            rest, options.data = [str(options.data), *rest], None
+        options.overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in options.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _run(options: argparse.Namespace) -> str:
+    if options.run == "demo":
+        return _demo(options)
+    module, function = options.run.split(":")
+    return str(getattr(import_module(f"scldm_cd4.cli.{module}"), function)(options))
 
 
 def _demo(options: argparse.Namespace) -> str:
@@ -66,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "cells. Without --data the cells are SIMULATED, and all files and figures say so.",
         epilog="example: scldm-cd4 demo --data cells.h5ad --perturbation-key target --donor-key donor --control NTC",
     )
+    demo.set_defaults(run="demo")
     own = demo.add_argument_group("cells of your own")
     own.add_argument("--data", type=Path, metavar="FILE", help="h5ad with raw counts in X")
     own.add_argument("--perturbation-key", metavar="COLUMN", help="obs column of the perturbations")
@@ -78,29 +103,18 @@ def _parser() -> argparse.ArgumentParser:
         help="rank toward the effect of this perturbation (default: the one that shifts most)",
     )
     simulated = demo.add_argument_group("simulated cells")
-    simulated.add_argument("--n-cells", type=_positive, default=8000, metavar="N", help="default %(default)s")
-    simulated.add_argument("--n-genes", type=_positive, default=500, metavar="N", help="default %(default)s")
-    simulated.add_argument("--n-perturbations", type=_positive, default=20, metavar="N", help="default %(default)s")
+    simulated.add_argument("--n-cells", type=positive, default=8000, metavar="N", help="default %(default)s")
+    simulated.add_argument("--n-genes", type=positive, default=500, metavar="N", help="default %(default)s")
+    simulated.add_argument("--n-perturbations", type=positive, default=20, metavar="N", help="default %(default)s")
     demo.add_argument(
         "--out", type=Path, default=Path("scldm_cd4_demo"), metavar="DIR", help="folder to write (default %(default)s)"
     )
     demo.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
     demo.add_argument("--preset", choices=sorted(PRESETS), default="small", help="size of the model (default small)")
-    demo.add_argument("--max-epochs", type=_positive, metavar="N", help="of each stage, in place of the preset's")
-    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of everything drawn (default 0)")
+    demo.add_argument("--max-epochs", type=positive, metavar="N", help="of each stage, in place of the preset's")
+    demo.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything drawn (default 0)")
+    add_commands(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := _natural(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _natural(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
-    return int(text)
 
 
 def _fail(message: str, status: int) -> int:

@@ -169,10 +169,10 @@ class _Job:
 
     def __post_init__(self) -> None:
         if self.resume_from is not None:
-            if not _has_state(self.resume_from):
+            if not has_state(self.resume_from):
                 raise CheckpointError(f"there is no training state in {self.resume_from}")
             self.folder = self.folder or self.resume_from
-        if self.folder is not None and self.folder != self.resume_from and _has_state(self.folder):
+        if self.folder is not None and self.folder != self.resume_from and has_state(self.folder):
             raise DataError(
                 f"{self.folder} holds the state of another training: resume_from= goes on, or choose another"
             )
@@ -306,7 +306,8 @@ class _Job:
         return True
 
 
-def _has_state(folder: Path) -> bool:
+def has_state(folder: Path) -> bool:
+    """Whether a folder holds training state to go on from."""
     return any((folder / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow"))
 
 
