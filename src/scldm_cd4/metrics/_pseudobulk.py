@@ -204,14 +204,16 @@ def condition_codes(labels: Any) -> tuple[np.ndarray, tuple[Key, ...]]:
     columns = [labels[name] for name in labels.columns] if hasattr(labels, "columns") else list(labels)
     factors = []
     for column in columns:
-        values = np.asarray(column)
-        if pd.isna(values).any():
-            raise DataError(f"{int(pd.isna(values).sum())} cells have no label in a condition column; drop them first")
-        factors.append(np.unique(values.astype(str), return_inverse=True))
-    stacked = np.stack([codes for _, codes in factors], axis=1)
-    rows, codes = np.unique(stacked, axis=0, return_inverse=True)
+        raw, found = pd.factorize(column if hasattr(column, "dtype") else np.asarray(column))
+        if (raw < 0).any():
+            raise DataError(f"{int((raw < 0).sum())} cells have no label in a condition column; drop them first")
+        levels, merged = np.unique(np.asarray(found).astype(str), return_inverse=True)
+        factors.append((levels, merged[raw]))
+    sizes = tuple(len(levels) for levels, _ in factors)
+    present, codes = np.unique(np.ravel_multi_index([own for _, own in factors], sizes), return_inverse=True)
+    rows = zip(*np.unravel_index(present, sizes), strict=True)
     keys = tuple(tuple(str(levels[i]) for (levels, _), i in zip(factors, row, strict=True)) for row in rows)
-    return codes.ravel(), keys
+    return codes, keys
 
 
 def present_conditions(codes: np.ndarray, keys: Sequence[Key]) -> tuple[np.ndarray, tuple[Key, ...]]:
