@@ -278,7 +278,11 @@ def _floor(found: _Found, name: str) -> np.ndarray:
         return found.repeats.get("technical_duplicate", {}).get(name, missing)
     if metric.chance is None:
         return missing
-    return found.values.get(metric.chance, missing) if isinstance(metric.chance, str) else missing * 0 + metric.chance
+    return (
+        found.values.get(metric.chance, missing)
+        if isinstance(metric.chance, str)
+        else np.full_like(missing, metric.chance)
+    )
 
 
 def _notes(found: _Found, row: int, common: str) -> Iterable[str]:

@@ -6,8 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from scldm_cd4._errors import DataError
-from scldm_cd4.metrics._de import DETests, control_ranks, de_tests
+from scldm_cd4.metrics._de import DETests, control_ranks, de_tests, refuse_tiled
 from scldm_cd4.metrics._de_recovery import de_table
 from scldm_cd4.metrics._discrimination import Distance, discrimination
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference
@@ -189,7 +188,7 @@ class Truth:
         bulks = pred.pseudobulks() if pred.n_cells else None
         if bulks is None:
             return out | {name: np.full(len(self.keys), np.nan) for name in self.options.metrics}
-        refuse_tiled(bulks)
+        refuse_tiled(pred.values, pred.codes, pred.keys)
         out |= self._distributions(pred, bulks)
         out |= self._effects(bulks, controls)
         out |= self._recovery(pred, controls)
@@ -287,25 +286,6 @@ class Truth:
             out["library_log2_ratio"] = _log2_ratio(pred_library, library)
             out["zero_fraction_difference"] = pred_zeros - zeros
         return out
-
-
-def refuse_tiled(bulks: Pseudobulks) -> None:
-    """Refuse conditions whose cells are copies of one profile.
-
-    Raises
-    ------
-    DataError
-        If there are any.
-    """
-    tiled = [
-        key for key, n, v in zip(bulks.keys, bulks.n, bulks.variances.max(axis=1), strict=True) if n > 1 and v <= 0
-    ]
-    if tiled:
-        raise DataError(
-            f"{len(tiled)} predicted conditions hold copies of one profile, e.g. {tiled[0]}: distances and rank tests "
-            "would be meaningless. Give cells with their own variation, such as drawn counts, or score the means with "
-            "metrics.effect_table"
-        )
 
 
 def concat_bulks(first: Pseudobulks, second: Pseudobulks) -> Pseudobulks:
