@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling
-from scldm_cd4.train.runner import check_keywords
 
 
 class ModelBase(Storage):
@@ -174,14 +174,20 @@ class ModelBase(Storage):
         return CellData.from_adata(adata, self._state.registry, labels=labels, allow_missing=allow_missing)
 
 
-def resolve_seed(seed: int | None) -> int:
-    """Return the seed given, that of the settings, or one drawn.
+def resolve_seed(seed: int | None, resume_from: str | Path | None = None) -> int:
+    """Return the seed given, that of a training resumed, that of the settings, or one drawn.
 
     Raises
     ------
+    CheckpointError
+        `resume_from` holds no record of a training.
     DataError
         It is not a whole number of at least 0.
     """
+    if seed is None and resume_from is not None:
+        from scldm_cd4.train.runner import recorded_seed
+
+        return recorded_seed(resume_from)
     seed = settings.seed if seed is None else seed
     if seed is None:
         return int(np.random.SeedSequence().generate_state(1)[0])
@@ -198,6 +204,8 @@ def train_options(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any
     DataError
         A keyword is neither `own` nor one that training or Lightning takes.
     """
+    from scldm_cd4.train.runner import check_keywords
+
     check_keywords(given, own)
     return {"progress": settings.progress, "num_workers": settings.num_workers or 0, **given}
 

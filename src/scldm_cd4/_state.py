@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,10 @@ from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.registry import Registry
-from scldm_cd4.train import TrainResult, fit
 from scldm_cd4.train.rng import isolated_rng
+
+if TYPE_CHECKING:
+    from scldm_cd4.train.runner import TrainResult
 
 PARTS = ("vae", "dit")
 
@@ -40,12 +42,14 @@ class State:
     record: dict[str, Any] = field(default_factory=dict)
     """Plain facts on the training: seed, seconds, cells, notes."""
 
-    def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> TrainResult:
+    def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> "TrainResult":
         """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
 
         After a TrainingError, a model that could generate is as it was before; one that could not has the last good
         weights of the stages that made some steps.
         """
+        from scldm_cd4.train.runner import fit
+
         vae = self.vae if stage == "flow" and self.vae is not None else self._new_vae(seed)
         start = {k: v.clone() for k, v in vae.state_dict().items()}
         made: list[DiT] = []
@@ -83,7 +87,7 @@ class State:
         vae = self.config.vae
         return DiT(self.config.flow, vae.latent_tokens, vae.n_channels, self.registry.vocabulary)
 
-    def _remember(self, result: TrainResult, split: Split, stage: str) -> None:
+    def _remember(self, result: "TrainResult", split: Split, stage: str) -> None:
         facts = {"seed": result.seed, "interrupted": result.interrupted, "split": split.spec}
         for name in result.history:
             other = "flow:" if name == "vae" else "vae:"

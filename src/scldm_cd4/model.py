@@ -22,7 +22,6 @@ from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
 from scldm_cd4.ranking import rank
 from scldm_cd4.sampling import used_roles
-from scldm_cd4.train.runner import recorded_seed
 
 
 class CD4Model(ModelBase):
@@ -119,9 +118,7 @@ class CD4Model(ModelBase):
         trainer_kwargs = train_options(trainer_kwargs, signature(self.train).parameters)
         if stage == "flow":
             self._require("vae")
-        if seed is None and resume_from is not None:
-            seed = recorded_seed(resume_from)
-        seed = resolve_seed(seed)
+        seed = resolve_seed(seed, resume_from)
         if train_size is not None:
             split = random_shares(split, train_size, validation_size)
         cells = CellData.from_adata(self._adata(None), self._state.registry)

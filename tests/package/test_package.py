@@ -53,6 +53,12 @@ def test_import_is_light():
     assert run.returncode == 0, run.stderr
 
 
+def test_lightning_waits_for_a_training():
+    code = "import sys, scldm_cd4; scldm_cd4.CD4Model; sys.exit('lightning' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize(
     ("place", "forbidden"),
     [

@@ -8,10 +8,10 @@ import torch
 from scldm_cd4.config import PRESETS
 from scldm_cd4.data.splits import make_split
 from scldm_cd4.nn import VAE
-from scldm_cd4.train import fit
 from scldm_cd4.train.latents import encode_rows
 from scldm_cd4.train.loaders import CountBatches
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
+from scldm_cd4.train.runner import fit
 
 
 def test_a_decoder_that_ignores_the_latent_is_reported(cells_of, job):

@@ -13,9 +13,9 @@ import torch
 from scldm_cd4._errors import CheckpointError, DataError, TrainingError
 from scldm_cd4.config import StageConfig
 from scldm_cd4.data.splits import Split
-from scldm_cd4.train import fit
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.rng import keyed_generator
+from scldm_cd4.train.runner import fit
 from scldm_cd4.train.stage import is_out_of_memory, n_epochs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The decoder makes little use of the latent")

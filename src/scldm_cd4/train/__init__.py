@@ -1,5 +1,4 @@
-"""Training of the two stages: the only place that imports Lightning."""
+"""Training of the two stages: the only place that imports Lightning, which takes as long to import as torch.
 
-from scldm_cd4.train.runner import TrainResult, fit
-
-__all__ = ["TrainResult", "fit"]
+`runner` is the way in; it is imported where a training begins, so that models load and generate without it.
+"""
