@@ -1,0 +1,53 @@
+"""`CD4Model.evaluate`: held-out conditions generated and scored."""
+
+import numpy as np
+import pytest
+
+from scldm_cd4 import CD4Model
+from scldm_cd4._errors import DataError
+
+QUICK = {"profile": "minimal", "n_repeats": 1, "min_cells": 4}
+
+
+@pytest.fixture(scope="module")
+def table(trained):
+    return trained.evaluate(seed=1, **QUICK)
+
+
+def test_held_out_conditions_are_scored_beside_baselines(trained, table):
+    held = {
+        tuple(row)
+        for row in trained.adata.obs.iloc[trained.test_indices][["donor_id", "timepoint", "perturbation"]].to_numpy()
+    }
+    found = {tuple(row) for row in table[["donor_id", "timepoint", "perturbation"]].to_numpy()}
+    assert found == held
+    assert (table["n_real"] == table["n_pred"]).all()
+    energy = table[table["metric"] == "energy_distance"]
+    for column in ("value", "ceiling", "baseline_control", "matched_value", "matched_baseline_control"):
+        assert np.isfinite(energy[column]).all(), column
+    assert table.attrs["components_fitted_on"] == "the training cells"
+    assert table.attrs["model_hash"]
+    assert table["note"].str.contains("half of the training controls").all()
+
+
+def test_seed_decides(trained, table):
+    assert trained.evaluate(seed=1, **QUICK).equals(table)
+    assert not trained.evaluate(seed=2, **QUICK).equals(table)
+
+
+def test_given_cells_and_options(trained, simulated):
+    cells = simulated[trained.validation_indices]
+    found = trained.evaluate(cells, n_cells=30, generate={"guidance": 0.5}, seed=1, baselines=["two_way"], **QUICK)
+    assert (found["n_pred"].dropna() == 30).all()
+    assert "baseline_two_way" in found
+    assert "baseline_control" not in found
+
+
+def test_loaded_model_has_no_training_cells(trained, simulated, tmp_path):
+    trained.save(tmp_path / "model")
+    loaded = CD4Model.load(tmp_path / "model")
+    with pytest.raises(DataError, match="pass adata="):
+        loaded.evaluate(seed=1)
+    found = loaded.evaluate(simulated, seed=1, **{**QUICK, "min_cells": 2})
+    assert found["baseline_control"].isna().all()
+    assert found["note"].str.contains("no training cells").all()
