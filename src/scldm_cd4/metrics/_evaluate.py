@@ -18,9 +18,9 @@ from scldm_cd4.metrics._truth import Controls, Options, Truth
 from scldm_cd4.metrics.registry import METRICS, resolve
 
 PROFILE_BASELINES: Mapping[str, tuple[str, ...]] = {
-    "minimal": ("control", "additive_shrunk"),
-    "paper": ("control", "perturbed_mean", "additive_shrunk", "two_way", "nearest_context", "real_other_context"),
-    "distribution": ("control", "additive_shrunk", "real_other_context"),
+    "minimal": ("control", "additive"),
+    "paper": ("control", "perturbed_mean", "additive", "two_way", "nearest_context", "real_other_context"),
+    "distribution": ("control", "additive", "real_other_context"),
     "full": tuple(simple.BASELINES),
 }
 """Baselines that stand in a table by the name of the profile."""

@@ -11,7 +11,7 @@ from scldm_cd4.metrics._de_recovery import de_table
 from scldm_cd4.metrics._discrimination import Distance, discrimination
 from scldm_cd4.metrics._distribution import DISTRIBUTION_METRICS, DistributionReference
 from scldm_cd4.metrics._effects import Space, control_halves, effect_table, profiles
-from scldm_cd4.metrics._memorisation import memorisation_table
+from scldm_cd4.metrics._memorisation import nearest_distance, ratio_of_medians
 from scldm_cd4.metrics._moments import r2
 from scldm_cd4.metrics._projection import Projection
 from scldm_cd4.metrics._pseudobulk import Key, Pseudobulks, target_mask
@@ -149,6 +149,17 @@ class Truth:
             seed=self.options.seed,
         )
 
+    @cached_property
+    def _real_to_training(self) -> list[np.ndarray]:
+        return self._to_training(self.blocks)
+
+    def _to_training(self, blocks: list[np.ndarray]) -> list[np.ndarray]:
+        """Distances of the cells of every condition to the nearest training cell; none without training cells."""
+        if self.reference.pcs is None:
+            return [np.empty(0)] * len(blocks)
+        found = nearest_distance(np.vstack(blocks), self.reference.pcs)
+        return np.split(found, np.cumsum([len(block) for block in blocks])[:-1])
+
     def project(self, sample: Sample) -> list[np.ndarray]:
         """Coordinates of the cells of every condition, in the order of ``keys``."""
         coordinates = self.reference.projection.apply(sample.values)
@@ -205,9 +216,8 @@ class Truth:
             table = self.distributions.compare(blocks, names)
             out |= {name: table[name] for name in (*names, "n_shared")}
         if "memorisation" in self.options.metrics:
-            train = self.reference.pcs
-            missing = np.full(len(self.keys), np.nan)
-            out["memorisation"] = missing if train is None else memorisation_table(self.blocks, blocks, train)
+            pairs = zip(self._to_training(blocks), self._real_to_training, strict=True)
+            out["memorisation"] = np.array([ratio_of_medians(a, b) for a, b in pairs])
         there = bulks.rows(self.keys)
         for name, side in (("r2_mean", "means"), ("r2_variance", "variances")):
             if name in asked:
