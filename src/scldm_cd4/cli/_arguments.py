@@ -56,8 +56,8 @@ def _train(commands: argparse._SubParsersAction) -> None:
         "train",
         "train a model on an h5ad file of raw counts",
         "Train the autoencoder and the flow, by a preset, or by a config in the style of the reference (--config-name; "
-        "needs the extra hydra), which trains its one stage and takes changes as KEY=VALUE. The path of the model goes to "
-        "stdout. A training that was killed goes on with --resume to the same weights. Runs under torchrun and SLURM.",
+        "needs the extra hydra), which trains its one stage and takes changes as KEY=VALUE. The path of the model goes "
+        "to stdout. A training that was killed goes on with --resume to the same weights. Runs under torchrun, SLURM.",
         "_train:train",
     )
     p.add_argument("data", type=Path, metavar="DATA", nargs="?", help="h5ad; default: the config's train_adata_path")
@@ -150,6 +150,7 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--out", type=Path, metavar="FILE", help="CSV to write")
     p.add_argument("--profile", default="paper", metavar="NAME", help="set of metrics (default %(default)s)")
     p.add_argument("--perturbation-key", metavar="COLUMN", help="default: as the generated cells say")
+    p.add_argument("--allow-missing", action="store_true", help="score the conditions that both files have")
     p.add_argument("--context-keys", nargs="+", metavar="COLUMN", help="default: as the generated cells say")
     p.add_argument("--control", metavar="LABEL", help="default: as the generated cells say")
     _common(p)

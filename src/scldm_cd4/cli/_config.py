@@ -65,4 +65,4 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise DataError(f"the config {name!r} cannot be composed: {error}") from error
+        raise DataError(f"the config {name!r} cannot be composed: {' '.join(str(error).split())}") from error

@@ -47,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if options.run == "_train:train":
-        if options.data is not None and "=" in options.data.name and not options.data.exists():
+        if options.data is not None and "=" in str(options.data) and not options.data.exists():
             rest, options.data = [str(options.data), *rest], None
         options.overrides = [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in options.overrides]

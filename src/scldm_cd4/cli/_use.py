@@ -95,6 +95,7 @@ def evaluate(options: argparse.Namespace) -> str:
         context_keys=options.context_keys,
         control=options.control,
         profile=options.profile,
+        allow_missing=options.allow_missing,
         seed=options.seed or 0,
     )
     return write_table(table, options.out)
