@@ -158,7 +158,7 @@ def ladder(real, train):
         "control": none,
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*equal to")
+        warnings.filterwarnings("ignore", message=".*equal a real cell")
         tables = {name: quick(real, cells, train=train, profile="full") for name, cells in steps.items()}
     return pd.DataFrame({name: metrics.aggregate(table)["value"] for name, table in tables.items()})
 
@@ -189,8 +189,7 @@ class TestLadder:
 class TestCopies:
     def test_real_against_itself(self, real):
         same = real[(real.obs["target"] != CONTROL).to_numpy()].copy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with pytest.warns(UserWarning, match="720 predicted cells equal a real cell"):
             table = quick(real, same, profile="full", train=make_cells(ALL, seed=9))
         means = metrics.aggregate(table)["value"]
         assert means["w2"] <= 1e-6
@@ -284,6 +283,8 @@ class TestAlignment:
         assert np.isnan(row["value"])
         assert row["n_pred"] == 9
         assert "min_cells=10" in row["note"]
+        with pytest.raises(DataError, match="at most 60: lower min_cells"):
+            quick(real, pred, min_cells=61)
 
     def test_targets_by_other_names(self, real, pred):
         sides = []

@@ -144,31 +144,44 @@ def evaluate(
     pred_sample, fitted_on, extra_notes = read["pred"].select(scored), setting.fitted_on, setting.notes
     del read, setting, controls  # copies of the scored cells are all that is needed from here
     found = _Found(truth, pred_sample, training, seed)
+    if n_shared := int(np.nansum(found.values.get("n_shared", 0))):
+        warnings.warn(
+            f"{n_shared} predicted cells equal a real cell of their condition: neighbour metrics and distances mean "
+            "nothing for copies of the scored cells",
+            UserWarning,
+            stacklevel=2,
+        )
     for name in names:
         found.add_baseline(name)
     if ceilings:
         found.repeat(n_repeats)
     table = _table(found, keys, extra_notes, notes)
-    table.attrs = {
-        "metrics": "scldm_cd4",
+    table.attrs = _describe(truth, keys, names) | {
         "profile": profile if isinstance(profile, str) else list(metrics),
-        "perturbation_key": keys.perturbation,
-        "context_keys": list(keys.context),
-        "control": keys.control,
-        "n_genes": len(chosen),
         "genes_left_out": {what: int(adata.n_vars - len(chosen)) for what, adata in sides.items()},
-        "n_components": len(reference.projection.components),
         "components_fitted_on": fitted_on,
         "input_type": input_type,
-        "baselines": list(names),
         "n_repeats": n_repeats if ceilings else 0,
         "min_cells": min_cells,
-        "fdr": fdr,
-        "seed": seed,
-        "targets_left_out": int(truth.exclude.any(axis=1).sum()),
         "n_conditions": {"scored": len(scored), "not_scored": len(notes)},
     }
     return table
+
+
+def _describe(truth: Truth, keys: Keys, names: Sequence[str]) -> dict[str, Any]:
+    """Say how a table was made."""
+    return {
+        "metrics": "scldm_cd4",
+        "perturbation_key": keys.perturbation,
+        "context_keys": list(keys.context),
+        "control": keys.control,
+        "n_genes": len(truth.real.genes),
+        "n_components": len(truth.reference.projection.components),
+        "baselines": list(names),
+        "fdr": truth.options.fdr,
+        "seed": truth.options.seed,
+        "targets_left_out": int(truth.exclude.any(axis=1).sum()),
+    }
 
 
 class _Found:

@@ -106,7 +106,7 @@ def choose_conditions(
     Raises
     ------
     DataError
-        If the sides have different conditions and ``allow_missing`` is not given, or share none.
+        If the sides have different conditions and ``allow_missing`` is not given, share none, or all are too small.
     """
     here = {key for key in real.groups if key[-1] != control}
     there = {key for key in pred.groups if key[-1] != control}
@@ -130,6 +130,9 @@ def choose_conditions(
             notes[key] = (*sizes, "not scored: no real cells" if not sizes[0] else "not scored: not predicted")
         else:
             notes[key] = (*sizes, f"not scored: fewer than min_cells={min_cells} cells")
+    if not scored:
+        most = max(min(n[:2]) for n in notes.values())
+        raise DataError(f"no condition has min_cells={min_cells} cells on both sides; at most {most}: lower min_cells")
     return scored, notes
 
 
