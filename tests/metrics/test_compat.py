@@ -66,6 +66,23 @@ def test_vcc2026_equals_cell_eval2(sides, goldens):
     assert panel["value"].item() == pytest.approx(ratio, rel=1e-4)
 
 
+def test_scores_of_2026_lie_between_mean_response_and_replicate(sides):
+    real, pred = sides
+    mean = metrics.baselines.predict(
+        "perturbed_mean", real, pd.DataFrame({"target": cells.PERTURBATIONS[1:], "n_cells": 60}), seed=7, **KEYS
+    )
+    found = {name: metrics.compat.vcc2026_score(real, side, **KEYS) for name, side in (("pred", pred), ("mean", mean))}
+    table = found["pred"]
+    assert table.loc["pds_cosine", "baseline"] == pytest.approx(0.5, abs=0.2)
+    assert table.loc["pds_cosine", "replicate"] > 0.9
+    assert table.loc["expr_mse_unbiased_capped_norm", "replicate"] == pytest.approx(0.0, abs=0.2)
+    assert (table["score"] > found["mean"]["score"]).all()
+    assert found["mean"]["score"].abs().median() < 0.2
+    halves = [real[i::2] for i in (0, 1)]
+    repeat = metrics.compat.vcc2026_score(*halves, **KEYS)
+    assert repeat.loc[["pds_cosine", "expr_mse_unbiased_capped_norm"], "score"].min() > 0.7
+
+
 def test_cfgen_mmd_is_a_biased_sum_over_bandwidths(sides):
     table = metrics.compat.evaluate(*sides, "cfgen", **KEYS)
     projection = metrics.fit_projection(metrics.log_normalize(sides[0]), 30)

@@ -1,5 +1,7 @@
 """Effects, discrimination and recovery of genes in the conventions of cell-eval and cell-eval2, for one context."""
 
+from typing import Literal
+
 import numpy as np
 
 from scldm_cd4.metrics._de import control_ranks, de_tests
@@ -66,25 +68,33 @@ def cell_eval_v1(real: Sample, pred: Sample, control: str) -> Rows:
     return _rows(keys, found)
 
 
-def vcc2026(real: Sample, pred: Sample, control: str) -> Rows:
-    """Measure as cell-eval2 0.20.0 with its preset of 2026: real controls on both sides, targets left out."""
+def vcc2026(real: Sample, pred: Sample, control: str, *, own_controls: bool = False) -> Rows:
+    """Measure as cell-eval2 0.20.0 with its preset of 2026: real controls on both sides, targets left out.
+
+    With ``own_controls`` predicted effects are against predicted controls, as for a replicate.
+    """
     sides = [side.pseudobulks() for side in (real, pred)]
     keys = sides[0].conditions(control)
     mask = target_mask(keys, list(real.genes))
-    table = effect_table(*sides, control=control, exclude=mask, space="log_sum", budget=True)
-    base = sides[0].log_sum[sides[0].rows([(*keys[0][:-1], control)])]  # type: ignore[index]
-    deltas = [side.log_sum[side.rows(keys)] - base for side in sides]  # type: ignore[index]
+    source: Literal["real", "pred"] = "pred" if own_controls else "real"
+    table = effect_table(*sides, control=control, exclude=mask, space="log_sum", control_source=source)
+    control_key = (*keys[0][:-1], control)
+    deltas = []
+    for side, own in ((sides[0], sides[0]), (sides[1], sides[1] if own_controls else sides[0])):
+        deltas.append(side.log_sum[side.rows(keys)] - own.log_sum[own.rows([control_key])])  # type: ignore[index]
     found = {
         "pds_cosine": discrimination(*deltas, exclude=mask),
         "expr_mse_unbiased_capped": table["mse_corrected"],
         "expr_distance_unbiased": table["mse_effect"],
     }
-    controls = control_ranks(real.values, real.codes, real.keys, control=control)
-    # tested genes: above 5 counts per million in the control; 1e-9 per million stabilises fold changes
-    tests = [
-        de_tests(s.values, s.codes, s.keys, controls, control=control, min_control=0.05, pseudocount=1e-11)
-        for s in (real, pred)
-    ]
+    tests = []
+    for cells, owner in ((real, real), (pred, pred if own_controls else real)):
+        controls = control_ranks(owner.values, owner.codes, owner.keys, control=control)
+        # tested genes: above 5 counts per million in the control; 1e-9 per million stabilises fold changes
+        found_genes = de_tests(
+            cells.values, cells.codes, cells.keys, controls, control=control, min_control=0.05, pseudocount=1e-11
+        )
+        tests.append(found_genes)
     recovery = de_table(*tests, exclude=mask)
     found |= {theirs: recovery[ours] for theirs, ours in VCC_DE.items()}
     ratio = found["expr_mse_unbiased_capped"].sum() / found["expr_distance_unbiased"].sum()
