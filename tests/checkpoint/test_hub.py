@@ -121,7 +121,11 @@ class Handler(BaseHTTPRequestHandler):
             repo = "/".join(x for x in (values.get("organization"), values["name"]) if x)
             if repo in hub.repos:
                 return self.json({"error": "exists", "url": self.path}, 409)
-            hub.repos[repo], hub.branches[repo], hub.private[repo] = [{}], {"main": 0}, values.get("visibility") == "private"
+            hub.repos[repo], hub.branches[repo], hub.private[repo] = (
+                [{}],
+                {"main": 0},
+                values.get("visibility") == "private",
+            )
             return self.json({"url": f"http://127.0.0.1/{repo}", "name": repo, "id": repo})
         if path == "api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
