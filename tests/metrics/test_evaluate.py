@@ -228,6 +228,13 @@ class TestAlignment:
         sides = [quick(real, side, train=train, profile=names) for side in (pred, other)]
         pd.testing.assert_frame_equal(*sides, rtol=1e-9)
 
+    def test_backed_cells_and_views(self, real, pred, tmp_path):
+        pred.copy().write_h5ad(tmp_path / "pred.h5ad")
+        backed = ad.read_h5ad(tmp_path / "pred.h5ad", backed="r")
+        found = quick(real[::1], backed, profile=["mse"])
+        backed.file.close()
+        np.testing.assert_allclose(found["value"], quick(real, pred, profile=["mse"])["value"])
+
     def test_inputs_are_not_changed(self, real, pred, train):
         copies = [side.copy() for side in (real, pred, train)]
         metrics.evaluate(real, pred, train=train, profile="minimal", **KEYS)

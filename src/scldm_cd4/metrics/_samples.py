@@ -250,6 +250,8 @@ def read_sample(
     DataError
         If the values are not of the declared type, or a column is missing.
     """
+    if getattr(adata, "isbacked", False):
+        adata = adata.to_memory()
     labels, levels = read_labels(adata.obs, keys.perturbation, "perturbation_key")
     context = [read_labels(adata.obs, key, "context_keys") for key in keys.context]
     columns = [np.array(names, dtype=object)[codes] for codes, names in [*context, (labels, levels)]]

@@ -1,8 +1,10 @@
 """Mean predictions of the baselines: shifts of the control profile, all conditions by one product."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._training import Training
@@ -15,8 +17,8 @@ BILINEAR_RIDGE = 0.1
 """Penalty of the bilinear model, relative to the mean squared score of its components."""
 
 
-def average_weights(training: Training, keys: Sequence[Key], *, same: str) -> np.ndarray:
-    """Equal weights over training conditions that share something with each condition.
+def averaged(training: Training, keys: Sequence[Key], same: str) -> np.ndarray:
+    """Average training shifts over the conditions that share something with each condition.
 
     Parameters
     ----------
@@ -29,28 +31,29 @@ def average_weights(training: Training, keys: Sequence[Key], *, same: str) -> np
 
     Returns
     -------
-    (conditions, T); a row without any is NaN.
+    (conditions, genes); NaN where there are none.
     """
-    weights = np.zeros((len(keys), len(training.perturbed_keys)))
-    codes: dict[Key, int] = {}
-    contexts = np.array([codes.setdefault(key[:-1], len(codes)) for key in training.perturbed_keys])
-    labels = np.array([key[-1] for key in training.perturbed_keys], dtype=object)
-    for row, key in enumerate(keys):
-        is_own = contexts == codes.get(key[:-1], -1)
-        if same == "context":
-            weights[row] = is_own
-        elif same == "perturbation":
-            weights[row] = (labels == key[-1]) & ~is_own
-        else:
-            weights[row] = 1.0
-    totals = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, totals, out=np.full_like(weights, np.nan), where=totals > 0)
+    labels = {"context": lambda key: key[:-1], "perturbation": lambda key: key[-1], "all": lambda key: ()}
+    group_of = labels[same]
+    position: dict[Any, int] = {}
+    codes = np.array([position.setdefault(group_of(key), len(position)) for key in training.perturbed_keys], dtype=int)
+    sums, sizes = _group_sums(training.shifts, codes, len(position))
+    rows = np.array([position.get(group_of(key), len(position)) for key in keys], dtype=np.int64)
+    total, n = sums[rows], sizes[rows]
+    if same == "perturbation":  # leave out the context itself
+        own = {key: row for row, key in enumerate(training.perturbed_keys)}
+        for row, key in enumerate(keys):
+            if key in own:
+                total[row] -= training.shifts[own[key]]
+                n[row] -= 1
+    return np.divide(total, n[:, None], out=np.full_like(total, np.nan), where=n[:, None] > 0)
 
 
-def averaged(training: Training, keys: Sequence[Key], same: str) -> np.ndarray:
-    """Average training shifts by :func:`average_weights`, (conditions, genes); NaN where there are none."""
-    weights = average_weights(training, keys, same=same)
-    return np.asarray(weights @ training.shifts) if weights.shape[1] else np.full((len(keys), _genes(training)), np.nan)
+def _group_sums(values: np.ndarray, codes: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum rows by group, with one more group that is empty, and count them."""
+    shape = (n_groups + 1, len(codes))
+    indicator = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=shape)
+    return np.asarray(indicator @ values), np.bincount(codes, minlength=n_groups + 1)
 
 
 def additive(training: Training, keys: Sequence[Key]) -> np.ndarray:
@@ -70,14 +73,10 @@ def shrinkage(training: Training) -> float:
     """
     if not len(training.perturbed):
         return 1.0
-    labels, codes = np.unique([key[-1] for key in training.perturbed_keys], return_inverse=True)
-    sums = np.zeros((len(labels), training.shifts.shape[1]))
-    np.add.at(sums, codes, training.shifts)
-    others = np.bincount(codes)[codes] - 1
-    rows = others > 0
-    means = (sums[codes[rows]] - training.shifts[rows]) / others[rows, None]
-    power = float(np.square(means).sum())
-    return float(np.clip((means * training.shifts[rows]).sum() / power, 0.0, 1.0)) if power > 0 else 1.0
+    means = averaged(training, training.perturbed_keys, "perturbation")
+    rows = ~np.isnan(means[:, 0])
+    power = float(np.square(means[rows]).sum())
+    return float(np.clip((means[rows] * training.shifts[rows]).sum() / power, 0.0, 1.0)) if power > 0 else 1.0
 
 
 def two_way(training: Training, keys: Sequence[Key]) -> np.ndarray:
@@ -97,9 +96,7 @@ def two_way(training: Training, keys: Sequence[Key]) -> np.ndarray:
     design[:, 0] = 1.0
     design[np.arange(len(here)), here] = 1.0
     counts = np.bincount(there) + RIDGE
-    cross, sums = np.zeros((len(labels), design.shape[1])), np.zeros((len(labels), training.shifts.shape[1]))
-    np.add.at(cross, there, design)
-    np.add.at(sums, there, training.shifts)
+    cross, sums = (_group_sums(values, there, len(labels))[0][:-1] for values in (design, training.shifts))
     penalty = np.diag([0.0, *[RIDGE] * len(contexts)])
     reduced = design.T @ design + penalty - cross.T @ (cross / counts[:, None])
     right = design.T @ training.shifts - cross.T @ (sums / counts[:, None])
@@ -119,7 +116,7 @@ def nearest_context(training: Training, keys: Sequence[Key]) -> np.ndarray:
     position = {key: row for row, key in enumerate(training.perturbed_keys)}
     out = np.full((len(keys), _genes(training)), np.nan)
     for row, key in enumerate(keys):
-        other = training.nearest(key[:-1], training.contexts_of(key[-1]))
+        other = training.nearest(key[:-1], training.contexts.get(key[-1], []))
         if other is not None:
             out[row] = training.shifts[position[*other, key[-1]]]
     return out

@@ -68,9 +68,22 @@ class Training:
         controls = np.array([self.controls[key[:-1]] for key in self.perturbed_keys], dtype=np.int64)
         return np.asarray(self.profile[self.perturbed] - self.profile[controls])
 
-    def contexts_of(self, perturbation: str) -> list[Key]:
-        """Contexts with a control in which a perturbation has training cells."""
-        return [key[:-1] for key in self.perturbed_keys if key[-1] == perturbation]
+    @cached_property
+    def contexts(self) -> dict[str, list[Key]]:
+        """Contexts with a control in which each perturbation has training cells."""
+        found: dict[str, list[Key]] = {}
+        for key in self.perturbed_keys:
+            found.setdefault(key[-1], []).append(key[:-1])
+        return found
+
+    @cached_property
+    def labels(self) -> dict[Key, list[str]]:
+        """Perturbations with training cells in each context."""
+        found: dict[Key, list[str]] = {}
+        for key in self.position:
+            if key[-1] != self.control:
+                found.setdefault(key[:-1], []).append(key[-1])
+        return found
 
     def nearest(self, context: Key, candidates: list[Key]) -> Key | None:
         """Choose the other context whose control profile is nearest (Euclidean); None without any."""

@@ -79,7 +79,7 @@ def _pick_control(training: Training, key: Key, rng: np.random.Generator) -> tup
 
 
 def _pick_elsewhere(training: Training, key: Key, rng: np.random.Generator) -> tuple[Key, np.ndarray] | None:
-    other = training.nearest(key[:-1], training.contexts_of(key[-1]))
+    other = training.nearest(key[:-1], training.contexts.get(key[-1], []))
     if other is None:
         return None
     source = (*other, key[-1])
@@ -90,17 +90,15 @@ def _pick_copies(training: Training, key: Key, rng: np.random.Generator) -> tupl
     rows = training.sample.rows(key)
     if len(rows):
         return key, rows
-    others = [other for other in training.sample.keys if other[:-1] == key[:-1] and other[-1] != training.control]
-    pools = [training.sample.rows(other) for other in others]
+    pools = [training.sample.rows((*key[:-1], label)) for label in training.labels.get(key[:-1], [])]
     return ((*key[:-1], "any"), np.concatenate(pools)) if pools else None
 
 
 def _pick_shuffled(training: Training, key: Key, rng: np.random.Generator) -> tuple[Key, np.ndarray] | None:
-    labels = (key[-1], training.control)
-    others = [other for other in training.sample.keys if other[:-1] == key[:-1] and other[-1] not in labels]
+    others = [label for label in training.labels.get(key[:-1], []) if label != key[-1]]
     if not others:
         return None
-    other = others[int(rng.integers(len(others)))]
+    other = (*key[:-1], others[int(rng.integers(len(others)))])
     return other, training.sample.rows(other)
 
 
