@@ -17,7 +17,7 @@ from scldm_cd4.nn import VAE
 from scldm_cd4.train.latents import chunks, decode_means, encode_rows, inference_batch_size
 
 FloatArray = NDArray[np.float64]
-PRIOR_CELLS, PRIOR_COUNTS = 20, 5
+PRIOR_CELLS, PRIOR_COUNTS = 5, 2
 """An effect is shrunk as if so many cells without it, and so many counts of each gene besides, had been seen."""
 MAX_CELLS = 200_000
 """Training cells that are looked at."""
