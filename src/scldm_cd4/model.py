@@ -20,7 +20,7 @@ from scldm_cd4.data.splits import make_split
 from scldm_cd4.evaluation import evaluate
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
-from scldm_cd4.ranking import rank
+from scldm_cd4.ranking import rank_perturbations
 from scldm_cd4.sampling import used_roles
 
 
@@ -56,6 +56,7 @@ class CD4Model(ModelBase):
 
     setup_anndata = staticmethod(setup_anndata)
     evaluate = evaluate
+    rank_perturbations = rank_perturbations
 
     def train(
         self,
@@ -368,30 +369,3 @@ class CD4Model(ModelBase):
     def predict(self, conditions: pd.DataFrame, **options: Any) -> Any:
         """Generate cells of a table of conditions; `generate` with ``conditions=``."""
         return self.generate(conditions=conditions, **options)
-
-    def rank_perturbations(
-        self,
-        target: Any,
-        *,
-        perturbations: Any = None,
-        donor: Any = None,
-        timepoint: Any = None,
-        direction: str = "toward",
-        effects: str = "generated",
-        n_cells: int = 200,
-        seed: int | None = None,
-    ) -> pd.DataFrame:
-        """Rank perturbations by how far their effects lead toward a target; see `scldm_cd4.ranking.rank`."""
-        return rank(
-            self._trained(),
-            self._sampling(seed=seed),
-            target,
-            perturbations=perturbations,
-            donor=donor,
-            timepoint=timepoint,
-            direction=direction,
-            effects=effects,
-            n_cells=n_cells,
-            adata=self.adata,
-            workers=settings.num_workers,
-        )

@@ -74,7 +74,7 @@ def test_lightning_waits_for_a_training():
         ("sampling.py", ("scldm_cd4.model", "scldm_cd4.train", "scldm_cd4.cli", "lightning")),
         ("generation.py", ("scldm_cd4.model", "scldm_cd4.train.runner", "scldm_cd4.cli", "lightning")),
         ("embedding.py", ("scldm_cd4.model", "scldm_cd4.train.runner", "scldm_cd4.cli", "lightning")),
-        ("ranking.py", ("scldm_cd4.model", "scldm_cd4.train", "scldm_cd4.cli", "lightning")),
+        ("ranking", ("scldm_cd4.model", "scldm_cd4.train", "scldm_cd4.cli", "lightning")),
         ("model.py", ("scldm_cd4.cli", "lightning")),
         ("checkpoint", ("scldm_cd4.model", "scldm_cd4.cli", "lightning")),
     ],

@@ -1,0 +1,136 @@
+"""What stands beside a score: training cells, names of genes, and how the model did on conditions it never saw."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scldm_cd4.data.labels import read_labels
+from scldm_cd4.noise import stream
+from scldm_cd4.ranking.effects import Change, Context, Observed, jackknife_variance
+from scldm_cd4.ranking.scoring import Scorer
+from scldm_cd4.registry import Registry
+
+MIN_CONDITIONS = 10
+"""Held-out conditions that an estimate of the model's error needs."""
+MAX_CONDITIONS = 500
+MIN_HELD_OUT = 20
+"""Cells that a held-out condition needs."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Generated beside observed scores of held-out conditions, each a perturbation in one context."""
+
+    n_conditions: int
+    spearman: float
+    model_sd: float
+    """Standard deviation of generated minus observed scores beyond the sampling error of both."""
+    note: str
+
+    @classmethod
+    def unknown(cls, note: str) -> "Reliability":
+        """Return one without figures."""
+        return cls(0, np.nan, np.nan, note)
+
+
+class HeldOut:
+    """Collects scores of held-out conditions while perturbations are ranked.
+
+    Parameters
+    ----------
+    observed
+        All given cells.
+    wanted
+        Held-out conditions (perturbation, context), from `held_out_conditions`.
+    n_cells
+        As for the ranking; it sets the number of folds.
+    """
+
+    def __init__(self, observed: Observed, wanted: Sequence[tuple[str, Context]], n_cells: int) -> None:
+        self.observed, self.wanted, self.n_cells = observed, set(wanted), n_cells
+        self.controls = observed.controls(list(dict.fromkeys(context for _, context in wanted)), n_cells)
+        self.found: list[tuple[float, float, float]] = []
+
+    def add(self, name: str, changes: Mapping[Context, Change], scorer: Scorer, keep: NDArray[np.bool_]) -> None:
+        """Look at the effects of one perturbation."""
+        contexts = {c: self.controls[c] for c in changes if (name, c) in self.wanted and c in self.controls}
+        if not contexts:
+            return
+        seen = next(self.observed.changes([name], contexts, self.n_cells))
+        for context, change in seen.items():
+            pair = [scorer.score(side, keep) for side in (changes[context], change)]
+            noise = sum(float(jackknife_variance(scores[1:])) for scores in pair)
+            if np.isfinite(noise):
+                self.found.append((float(pair[0][0]), float(pair[1][0]), noise))
+
+    def reliability(self) -> Reliability:
+        """Return the figures."""
+        from scipy.stats import spearmanr
+
+        n = len(self.found)
+        if n < MIN_CONDITIONS:
+            return Reliability.unknown(
+                f"{n} held-out conditions with {MIN_HELD_OUT} cells and a control among those ranked; "
+                f"{MIN_CONDITIONS} are needed to say how far generated scores are off"
+            )
+        made, seen, noise = np.array(self.found).T
+        excess = float(np.mean(np.square(made - seen)) - noise.mean())
+        varies = np.ptp(made) > 0 and np.ptp(seen) > 0
+        return Reliability(
+            n,
+            float(spearmanr(made, seen).statistic) if varies else np.nan,
+            float(np.sqrt(max(excess, 0.0))),
+            f"from {n} conditions (perturbation x context) without training cells",
+        )
+
+
+def held_out_conditions(
+    adata: Any, registry: Registry, names: Sequence[str], contexts: Sequence[Context], seed: int
+) -> list[tuple[str, Context]]:
+    """Return ranked conditions that have enough given cells and no training cells, at most `MAX_CONDITIONS`."""
+    if adata is None or not registry.train_counts:
+        return []
+    columns = [
+        np.array(["all"] * len(adata.obs), dtype=object)
+        if a.column is None
+        else (lambda read: np.array(read[1], dtype=object)[read[0]])(read_labels(adata.obs, a.column, f"{a.role}_key"))
+        for a in registry.attributes
+    ]
+    ranked, places = set(names), set(contexts)
+    import pandas as pd
+
+    sizes = pd.Series(1, index=range(len(adata.obs))).groupby(columns).sum()
+    found = [
+        (str(name), (str(donor), str(timepoint)))
+        for (donor, timepoint, name), n in sizes.items()
+        if n >= MIN_HELD_OUT
+        and name in ranked
+        and (donor, timepoint) in places
+        and not registry.n_train(name, donor, timepoint)
+    ]
+    if len(found) > MAX_CONDITIONS:
+        chosen = stream(seed, ("held out",), 0, "reliability").choice(len(found), MAX_CONDITIONS, replace=False)
+        found = [found[i] for i in np.sort(chosen)]
+    return found
+
+
+def target_genes(registry: Registry, name: str) -> NDArray[np.bool_]:
+    """Return which genes carry the name of a perturbation, as identifier or in a string column of ``var``."""
+    columns = [registry.genes, *registry.var.values()]
+    return np.any([np.array(column, dtype=object) == name for column in columns], axis=0)
+
+
+def gene_names(registry: Registry, hit: NDArray[np.bool_]) -> tuple[str, str]:
+    """Return symbol and Ensembl identifier of a perturbed gene; empty where they are not known."""
+    if not hit.any():
+        return "", ""
+    g = int(np.flatnonzero(hit)[0])
+    names = [registry.genes[g], *(column[g] for column in registry.var.values())]
+    ids = [name for name in names if name.startswith("ENS")]
+    columns = {name: column[g] for name, column in registry.var.items()}
+    named = [value for key, value in columns.items() if "symbol" in key.lower() or "gene_name" in key.lower()]
+    symbols = [*named, *([registry.genes[g]] if not registry.genes[g].startswith("ENS") else [])]
+    return (symbols[0] if symbols else ""), (ids[0] if ids else "")
