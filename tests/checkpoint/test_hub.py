@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import shutil
 import threading
 import warnings
 from collections.abc import Iterator
@@ -106,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.missing("EntryNotFound")
         data = files[file]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        sent = hub.wrong if hub.wrong is not None and file == "config.json" else data
+        sent = hub.wrong if hub.wrong is not None and file.startswith("config.") else data
         return self.reply(200, sent, ETag=etag, X_Repo_Commit=commit)
 
     def do_POST(self) -> None:
@@ -271,4 +270,6 @@ def test_the_reference_layout_comes_from_the_hub_too(hub: Hub, tmp_path: Path):
     hub.branches["lab/released"], hub.private["lab/released"] = {"main": 0}, False
     model = CD4Model.from_pretrained("lab/released", vocabulary=VOCABULARY)
     assert model.training_["pretrained"]["weights"] == "ema"
-    shutil.rmtree(tmp_path / "cache")
+    hub.wrong = hub.repos["lab/released"][0]["config.yaml"].replace(b"n_head: 2", b"n_head: 1")
+    with pytest.raises(_errors.CheckpointError, match=r"config\.yaml is damaged: its checksum is not the one"):
+        CD4Model.from_pretrained("lab/released", vocabulary=VOCABULARY, cache_dir=tmp_path / "other")

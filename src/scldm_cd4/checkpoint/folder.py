@@ -1,6 +1,7 @@
 """Folders written as a whole or not at all."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -107,7 +108,9 @@ def _conflict(target: Path, last: str, known: Collection[str], overwrite: bool) 
 
 
 def _recover(target: Path) -> None:
-    """Tidy up after a save that was killed between or after its two renames."""
+    """Tidy up after a save that was killed while it wrote, or between or after its two renames."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.saving-*"):
+        shutil.rmtree(part, ignore_errors=True)
     kept = previous(target)
     if kept.exists():
         if target.exists():

@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub, through its own client; loaded only where a name or an upload asks for it."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -12,6 +13,7 @@ from scldm_cd4._errors import CheckpointError
 
 PATTERNS = ("*.json", "*.yaml", "*.safetensors", "README.md")
 """Files that are fetched; a repository may hold others, among them such that run when they are loaded."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -42,7 +44,21 @@ def find_model(source: str | Path, *, revision: str | None = None, **options: An
         found = client.snapshot_download(
             source, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=["*/*"], **options
         )
+    _verify(Path(found))
     return Path(found)
+
+
+def _verify(folder: Path) -> None:
+    """Compare large files with the sha256 by which the hub names them; the client looks at their sizes alone."""
+    for path in folder.iterdir():
+        blob = path.resolve()
+        if path.is_symlink() and _SHA256.fullmatch(blob.name):
+            with blob.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                    raise CheckpointError(
+                        f"{path.name} is damaged: its checksum is not the one that the hub gives; delete {blob} and "
+                        "try again"
+                    )
 
 
 def is_name(source: str) -> bool:

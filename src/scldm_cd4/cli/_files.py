@@ -24,8 +24,7 @@ def convert(options: argparse.Namespace) -> str:
     given = {name: getattr(options, name) for name in ("vocabulary", "size_factors", "control", "revision")}
     if options.weights != "auto":
         given["weights"] = options.weights
-    trust = {"allow_pickle": options.allow_pickle}
-    model = CD4Model.from_pretrained(options.source, **given, **trust, device="cpu")
+    model = CD4Model.from_pretrained(options.source, **given, allow_pickle=options.allow_pickle, device="cpu")
     say(f"writing the {options.to} layout ...")
     write = model.save if options.to == "native" else model.export_reference
     write(options.out, overwrite=options.overwrite)

@@ -39,6 +39,7 @@ class Plan:
 def train(options: argparse.Namespace) -> str:
     """Train, and save the model."""
     processes = take_launcher(os.environ)
+    first = os.environ.get("RANK", "0") == "0"
     state = options.out.with_name(f".{options.out.name}.training")
     if options.out.exists() and not options.overwrite:
         if options.resume and _is_model(options.out) and not has_state(state):
@@ -48,6 +49,8 @@ def train(options: argparse.Namespace) -> str:
     elif options.out.exists() and not _is_model(options.out) and any(options.out.iterdir()):
         raise DataError(f"--out {options.out} is no saved model, and is not replaced; give another folder")
     plan = _by_config(options) if options.config_name is not None else _by_preset(options)
+    if processes > 1 and plan.seed is None and not options.resume:
+        raise DataError("several processes need one seed: give --seed N")
     adata = open_h5ad(plan.data)
     CD4Model.setup_anndata(adata, **plan.keys)
     if plan.job is not None:
@@ -55,13 +58,13 @@ def train(options: argparse.Namespace) -> str:
     model = _model(plan, adata, options)
     stages = {name: _stage(plan.config, name, options) for name in STAGES[plan.stage]}
     accumulate = _accumulated(plan.job)
-    for name, stage in stages.items():
+    for name, stage in stages.items() if first else ():
         say(describe(name, stage, processes, accumulate))
     arguments = _arguments(options, plan, state, accumulate)
     model.train(stage=plan.stage, checkpoint_dir=state, **arguments)
     if any(model.training_[name]["interrupted"] for name in stages):
         raise KeyboardInterrupt
-    if os.environ.get("RANK", "0") != "0":
+    if not first:
         return ""
     model.save(options.out, overwrite=options.overwrite or options.resume)
     shutil.rmtree(state, ignore_errors=True)
