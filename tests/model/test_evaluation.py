@@ -37,7 +37,9 @@ def test_seed_decides(trained, table):
 
 def test_given_cells_and_options(trained, simulated):
     cells = simulated[trained.validation_indices]
-    found = trained.evaluate(cells, n_cells=30, generate={"guidance": 0.5}, seed=1, baselines=["two_way"], **QUICK)
+    found = trained.evaluate(
+        cells, n_cells=30, generate={"guidance": 0.5}, seed=1, baselines=["two_way"], **{**QUICK, "min_cells": 2}
+    )
     assert (found["n_pred"].dropna() == 30).all()
     assert "baseline_two_way" in found
     assert "baseline_control" not in found

@@ -1,6 +1,7 @@
 """What a repeat of the experiment reaches, and predictions measured in the same way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,57 +11,76 @@ from scldm_cd4.metrics._pseudobulk import Key, log_normalize
 from scldm_cd4.metrics._samples import Sample
 from scldm_cd4.metrics._shifts import averaged
 from scldm_cd4.metrics._training import Training
-from scldm_cd4.metrics._truth import Truth, draw, halve
-
-CEILINGS = ("technical_duplicate", "interpolated_duplicate")
+from scldm_cd4.metrics._truth import Controls, Truth, draw, halve
 
 
-def ceilings(
-    truth: Truth, training: Training | None, predictions: Mapping[str, Sample], *, n_repeats: int, seed: int
-) -> dict[str, dict[str, np.ndarray]]:
-    r"""Compare disjoint halves of the real cells of every condition, each against a disjoint half of the controls.
+@dataclass(frozen=True)
+class _Place:
+    """One halving: the truth, the repeat, its controls, and which conditions have cells in both."""
 
-    ``technical_duplicate``: the other half as it is. ``interpolated_duplicate`` (Mejia et al. 2025): its cells with
-    the mean :math:`\alpha_g` x duplicate + (1 - :math:`\alpha_g`) x mean training perturbation of the context,
-    :math:`\alpha_g = 1 - p^{adj}_g` of the duplicate against its controls, so that genes without an effect are not
-    noisier than a simple mean. Halves with shared cells or shared controls would look too good. Predictions are put in
-    the place of the duplicate, at its number of cells and with its controls, so that they can be set against it.
+    truth: Truth
+    duplicate: Sample
+    controls: Controls
+    enough: np.ndarray
+    repeat: int
+
+
+class Repeats:
+    """Disjoint halves of the real cells of every condition, each against a disjoint half of the controls.
+
+    Halves with shared cells or shared controls would look too good. Predictions are put in the place of the repeat, at
+    its number of cells and with its controls, so that they can be set against it.
 
     Parameters
     ----------
     truth
         The real cells.
-    training
-        For the interpolated duplicate; NaN without.
-    predictions
-        Cells of the scored conditions by name.
     n_repeats
         Random halvings to average over.
     seed
         Of the halves.
-
-    Returns
-    -------
-    Metrics by ceiling and by prediction, each (conditions,): means over the repeats.
     """
-    runs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in (*CEILINGS, *predictions)}
-    for repeat in range(n_repeats):
-        first, second = halve(truth.real, [seed, 11, repeat])
-        controls, others = truth.controls.halve([seed, 12, repeat])
+
+    def __init__(self, truth: Truth, *, n_repeats: int, seed: int) -> None:
+        self.seed = seed
+        self.places = [self._halve(truth, repeat) for repeat in range(n_repeats)]
+
+    def _halve(self, truth: Truth, repeat: int) -> _Place:
+        first, second = halve(truth.real, [self.seed, 11, repeat])
+        controls, others = truth.controls.halve([self.seed, 12, repeat])
         enough = first.sizes() * second.sizes() > 0
         keys = [key for key, ok in zip(truth.keys, enough, strict=True) if ok]
-        half = Truth(
-            first.select(keys), controls, truth.reference, truth.options, bandwidth=truth.distributions.bandwidth
-        )
-        second = second.select(keys)
-        runs["technical_duplicate"].append(_spread(half.compare(second, others), enough))
-        if training is not None and truth.real.counts is not None:
-            mixed = _interpolate(half, second, half.test(second, others).p_adjusted, training, [seed, 13, repeat])
-            runs["interpolated_duplicate"].append(_spread(half.compare(mixed, others), enough))
-        for name, sample in predictions.items():
-            drawn = draw(sample.select(keys), second.sizes(), seed + 14 + repeat, 2)
-            runs[name].append(_spread(half.compare(drawn, others), enough))
-    return {name: _mean(found) for name, found in runs.items() if found}
+        bandwidth = truth.distributions.bandwidth
+        half = Truth(first.select(keys), controls, truth.reference, truth.options, bandwidth=bandwidth)
+        return _Place(half, second.select(keys), others, enough, repeat)
+
+    def score(self, pred: Sample) -> dict[str, np.ndarray]:
+        """Score a prediction in the place of the repeat; means over the halvings, (conditions,)."""
+        runs = []
+        for place in self.places:
+            sizes = place.duplicate.sizes()
+            drawn = draw(pred.select(place.truth.keys), sizes, self.seed + 14 + place.repeat, 2)
+            runs.append(_spread(place.truth.compare(drawn, place.controls), place.enough))
+        return _mean(runs)
+
+    def duplicate(self) -> dict[str, np.ndarray]:
+        """Score the technical duplicate: the other half of the real cells as it is."""
+        runs = [_spread(p.truth.compare(p.duplicate, p.controls), p.enough) for p in self.places]
+        return _mean(runs)
+
+    def interpolated(self, training: Training) -> dict[str, np.ndarray]:
+        r"""Score the interpolated duplicate (Mejia et al. 2025).
+
+        The cells of the duplicate with the mean :math:`\alpha_g` x duplicate + (1 - :math:`\alpha_g`) x mean training
+        perturbation of the context, :math:`\alpha_g = 1 - p^{adj}_g` of the duplicate against its controls, so that
+        genes without an effect are not noisier than a simple mean.
+        """
+        runs = []
+        for place in self.places:
+            adjusted = place.truth.test(place.duplicate, place.controls).p_adjusted
+            mixed = _interpolate(place.truth, place.duplicate, adjusted, training, [self.seed, 13, place.repeat])
+            runs.append(_spread(place.truth.compare(mixed, place.controls), place.enough))
+        return _mean(runs)
 
 
 def _interpolate(
@@ -103,8 +123,8 @@ def _spread(found: dict[str, np.ndarray], enough: np.ndarray) -> dict[str, np.nd
 
 def _mean(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Average over runs, leaving NaN out."""
-    out = {}
-    for name in runs[0]:
+    out: dict[str, np.ndarray] = {}
+    for name in runs[0] if runs else ():
         stacked = np.stack([run[name] for run in runs])
         known = (~np.isnan(stacked)).sum(axis=0)
         out[name] = np.where(known > 0, np.nansum(stacked, axis=0) / np.maximum(known, 1), np.nan)

@@ -8,8 +8,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics import baselines as simple
-from scldm_cd4.metrics._ceilings import ceilings as repeat_experiment
-from scldm_cd4.metrics._ceilings import counts_sample
+from scldm_cd4.metrics._ceilings import Repeats, counts_sample
 from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._samples import InputType, Keys, Sample, common_genes, read_sample
 from scldm_cd4.metrics._setting import choose_conditions, fit_reference, settle
@@ -143,7 +142,7 @@ def evaluate(
     training = Training(setting.train, keys.control) if has_use and setting.train is not None else None
     pred_sample, fitted_on, extra_notes = read["pred"].select(scored), setting.fitted_on, setting.notes
     del read, setting, controls  # copies of the scored cells are all that is needed from here
-    found = _Found(truth, pred_sample, training, seed)
+    found = _Found(truth, pred_sample, training, n_repeats if ceilings else 0)
     if n_shared := int(np.nansum(found.values.get("n_shared", 0))):
         warnings.warn(
             f"{n_shared} predicted cells equal a real cell of their condition: neighbour metrics and distances mean "
@@ -153,8 +152,6 @@ def evaluate(
         )
     for name in names:
         found.add_baseline(name)
-    if ceilings:
-        found.repeat(n_repeats)
     table = _table(found, keys, extra_notes, notes)
     table.attrs = _describe(truth, keys, names) | {
         "profile": profile if isinstance(profile, str) else list(metrics),
@@ -185,34 +182,34 @@ def _describe(truth: Truth, keys: Keys, names: Sequence[str]) -> dict[str, Any]:
 
 
 class _Found:
-    """All that was computed for the scored conditions."""
+    """All that was computed for the scored conditions; cells of baselines are kept only while they are scored."""
 
-    def __init__(self, truth: Truth, pred: Sample, training: Training | None, seed: int) -> None:
-        self.truth, self.training, self.seed = truth, training, seed
+    def __init__(self, truth: Truth, pred: Sample, training: Training | None, n_repeats: int) -> None:
+        self.truth, self.training = truth, training
         self.values = truth.compare(pred)
-        self.samples: dict[str, Sample] = {"value": pred}
         self.baselines: dict[str, dict[str, np.ndarray]] = {}
         self.notes: dict[str, list[str]] = {}
-        self.repeats: dict[str, dict[str, np.ndarray]] = {}
+        self.matched: dict[str, dict[str, np.ndarray]] = {}
+        self.ceilings: dict[str, dict[str, np.ndarray]] = {}
+        self.repeats = Repeats(truth, n_repeats=n_repeats, seed=truth.options.seed) if n_repeats else None
+        if self.repeats is not None:
+            self.ceilings["ceiling"] = self.repeats.duplicate()
+            if training is not None:
+                self.ceilings["ceiling_interpolated"] = self.repeats.interpolated(training)
+            self.matched["value"] = self.repeats.score(pred)
 
     def add_baseline(self, name: str) -> None:
         """Score a baseline at as many cells as were predicted."""
-        keys = self.truth.keys
+        keys, seed = self.truth.keys, self.truth.options.seed
         self.baselines[name], self.notes[name] = {}, ["no training cells"] * len(keys)
         if self.training is None:
             return
         sizes = [int(n) for n in self.values["n_pred"]]
-        counts, codes, notes = simple.emit(simple.get(name), self.training, keys, sizes, seed=self.seed)
+        counts, codes, self.notes[name] = simple.emit(simple.get(name), self.training, keys, sizes, seed=seed)
         sample = counts_sample([counts], [codes], keys, self.truth.real.genes)
-        self.baselines[name], self.notes[name] = self.truth.compare(sample), notes
-        self.samples[f"baseline_{name}"] = sample
-
-    def repeat(self, n_repeats: int) -> None:
-        """Score what a repeat of the experiment reaches, and all predictions in its place."""
-        if len(self.truth.keys):
-            self.repeats = repeat_experiment(
-                self.truth, self.training, self.samples, n_repeats=n_repeats, seed=self.seed
-            )
+        self.baselines[name] = self.truth.compare(sample)
+        if self.repeats is not None:
+            self.matched[f"baseline_{name}"] = self.repeats.score(sample)
 
 
 def _baseline_names(profile: Any, given: Sequence[str] | None, train: Any, input_type: str) -> tuple[str, ...]:
@@ -270,13 +267,11 @@ def _table(found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: Mapp
     for position, name in enumerate(("n_real", "n_pred", "n_ctrl")):
         columns[name] = np.repeat([size[position] for size in sizes], n_metrics)
     columns["floor"] = flat({name: _floor(found, name) for name in metrics})
-    columns["ceiling"] = flat(found.repeats.get("technical_duplicate", {}))
-    if "interpolated_duplicate" in found.repeats:
-        columns["ceiling_interpolated"] = flat(found.repeats["interpolated_duplicate"])
+    columns |= {name: flat(found.ceilings.get(name, {})) for name in ("ceiling", *found.ceilings)}
     for name, values in found.baselines.items():
         columns[f"baseline_{name}"] = flat(values)
-    for name in found.samples if found.repeats else ():
-        columns[f"matched_{name}"] = flat(found.repeats[name])
+    for name, values in found.matched.items():
+        columns[f"matched_{name}"] = flat(values)
     columns["note"] = [
         *(note for row, key in enumerate(truth.keys) for note in _notes(found, row, notes.get(key, ""))),
         *(n[2] for n in not_scored.values() for _ in metrics),
@@ -288,7 +283,7 @@ def _floor(found: _Found, name: str) -> np.ndarray:
     """Give what noise alone gives: a repeat for distances and errors, the chance level for agreement."""
     metric, missing = METRICS[name], np.full(len(found.truth.keys), np.nan)
     if metric.floor == "repeat":
-        return found.repeats.get("technical_duplicate", {}).get(name, missing)
+        return found.ceilings.get("ceiling", {}).get(name, missing)
     if metric.chance is None:
         return missing
     return (
