@@ -402,6 +402,15 @@ class TestControls:
         assert second["note"].str.contains("half of the training controls").all()
         assert (table.loc[table["context"] == "d1", "n_ctrl"] == 120).all()
 
+    def test_few_controls_are_named_and_give_no_ceiling(self, real, pred):
+        lone = np.flatnonzero(((real.obs["target"] == CONTROL) & (real.obs["donor"] == "d1")).to_numpy())[1:]
+        cells = real[np.setdiff1d(np.arange(real.n_obs), lone)]
+        table = quick(cells, pred, profile=["pearson_delta"], ceilings=True, n_repeats=1)
+        first = (table["context"] == "d1").to_numpy()
+        assert (table.loc[first, "note"] == "only 1 control cells").all()
+        assert table.loc[first, "ceiling"].isna().all()
+        assert table.loc[~first, "ceiling"].notna().all()
+
     def test_discrimination_ranks_within_context(self, real):
         # the same profile for all perturbations of a donor: between donors it would find the right donor
         same = dict.fromkeys(LABELS, "g00")

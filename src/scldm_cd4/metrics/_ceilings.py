@@ -48,7 +48,8 @@ class Repeats:
     def _halve(self, truth: Truth, repeat: int) -> _Place:
         first, second = halve(truth.real, [self.seed, 11, repeat])
         controls, others = truth.controls.halve([self.seed, 12, repeat])
-        enough = first.sizes() * second.sizes() > 0
+        contexts = {key[:-1] for key in controls.sample.groups} & {key[:-1] for key in others.sample.groups}
+        enough = (first.sizes() * second.sizes() > 0) & np.array([key[:-1] in contexts for key in truth.keys])
         keys = [key for key, ok in zip(truth.keys, enough, strict=True) if ok]
         bandwidth = truth.distributions.bandwidth
         half = Truth(first.select(keys), controls, truth.reference, truth.options, bandwidth=bandwidth)
@@ -77,6 +78,8 @@ class Repeats:
         """
         runs = []
         for place in self.places:
+            if not place.truth.keys:
+                continue
             adjusted = place.truth.test(place.duplicate, place.controls).p_adjusted
             mixed = _interpolate(place.truth, place.duplicate, adjusted, training, [self.seed, 13, place.repeat])
             runs.append(_spread(place.truth.compare(mixed, place.controls), place.enough))

@@ -23,6 +23,8 @@ PROFILE_BASELINES: Mapping[str, tuple[str, ...]] = {
     "full": tuple(simple.BASELINES),
 }
 """Baselines that stand in a table by the name of the profile."""
+FEW_CONTROLS = 20
+"""Control cells of a context below which a note says so."""
 COLUMNS = ("context", "perturbation", "metric", "value", "n_real", "n_pred", "n_ctrl", "floor", "ceiling")
 
 
@@ -298,9 +300,13 @@ def _notes(found: _Found, row: int, common: str) -> Iterable[str]:
     truth, n_pred = found.truth, int(found.values["n_pred"][row])
     n_real = int(truth.real.sizes()[row])
     shared = found.values.get("n_shared", np.zeros(len(truth.keys)))[row]
+    n_control = int(truth.controls.bulks.n[truth.controls.rows([truth.keys[row]])[0]])
+    few = f"only {n_control} control cells" if n_control < FEW_CONTROLS else ""
     for name in truth.options.metrics:
         metric, value = METRICS[name], found.values.get(name, np.full(len(truth.keys), np.nan))[row]
         parts = [common] if common else []
+        if few and metric.family in ("effect", "discrimination", "de"):
+            parts.append(few)
         if metric.family == "distribution" and shared > 0:
             parts.append(f"{int(shared)} predicted cells equal a real cell")
         if min(n_real, n_pred) < metric.min_cells:
