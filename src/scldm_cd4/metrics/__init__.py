@@ -1,6 +1,6 @@
 """Metrics of generated cells: AnnData or arrays in, numbers and tables out. Knows nothing of the model."""
 
-from scldm_cd4.metrics import baselines, compat, registry
+from scldm_cd4.metrics import baselines, compat, ranking, registry
 from scldm_cd4.metrics._aggregate import aggregate, bootstrap, rank_average, score
 from scldm_cd4.metrics._de import DETests, context_test, control_ranks, de_genes, de_recovery, de_tests
 from scldm_cd4.metrics._de_recovery import area_under_curves, de_table
@@ -42,6 +42,7 @@ from scldm_cd4.metrics._reconstruction import (
     sample_counts,
     zeros_accuracy,
 )
+from scldm_cd4.metrics._report import report
 from scldm_cd4.metrics._score import Anchored, anchored_score, mean_and_error
 from scldm_cd4.metrics._wasserstein import wasserstein
 from scldm_cd4.metrics._weights import effect_weights, top_genes, welch_scores
@@ -108,8 +109,10 @@ __all__ = [
     "r2_mean",
     "r2_variance",
     "rank_average",
+    "ranking",
     "reconstruction",
     "registry",
+    "report",
     "safe_pearson",
     "sample_counts",
     "score",
