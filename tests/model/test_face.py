@@ -257,7 +257,7 @@ def test_device_that_is_not_there(trained: Any) -> None:
 
 
 def test_d5_averaged_weights_generate(simulated: Any, quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scldm_cd4 import _state
+    from scldm_cd4.train import runner
 
     seen: list[Any] = []
 
@@ -265,8 +265,8 @@ def test_d5_averaged_weights_generate(simulated: Any, quick: Any, monkeypatch: p
         seen.append(fit(*args, **kwargs))
         return seen[-1]
 
-    fit = _state.fit
-    monkeypatch.setattr(_state, "fit", spy)
+    fit = runner.fit
+    monkeypatch.setattr(runner, "fit", spy)
     model = CD4Model(simulated, "tiny", **quick)
     model.train(seed=0)
     latent = model.generate(n_cells=2, seed=0, output="latent").X
