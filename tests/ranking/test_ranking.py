@@ -8,8 +8,7 @@ import pytest
 from scipy import sparse
 
 from scldm_cd4 import DataError, UnknownCategoryError
-from scldm_cd4.ranking.effects import FOLDS, fold_sums, profile
-from scldm_cd4.ranking.evidence import target_genes
+from scldm_cd4.ranking.effects import FOLDS, fold_sums, profile, target_genes
 from scldm_cd4.ranking.targets import Reader
 
 

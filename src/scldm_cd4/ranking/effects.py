@@ -26,6 +26,7 @@ MIN_OBSERVED = 10
 """Observed cells that a condition needs."""
 TARGET_SUM = 1e4
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 Context = tuple[str, str]
 
 
@@ -49,6 +50,8 @@ class Control:
     """Of log1p(counts per 10,000) over the cells (genes,)."""
     variance: Array
     """Likewise."""
+    counts: Any = None
+    """Of the cells (n, genes), kept where there are target populations."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ class EffectSource(Protocol):
     ) -> Iterator[dict[Context, Change]]:
         """Yield the effects of each perturbation, in order, by context; one without cells is left out."""
         ...
+
+
+def target_genes(registry: Registry, name: str) -> Mask:
+    """Return which genes carry the name of a perturbation, as identifier or in a string column of ``var``."""
+    columns = [registry.genes, *registry.var.values()]
+    return np.any([np.array(column, dtype=object) == name for column in columns], axis=0)
 
 
 def n_folds(n_cells: int) -> int:
@@ -153,16 +162,20 @@ class Summariser:
 
     populations: tuple[Population, ...] = ()
 
-    def arm(self, counts: Any, folds: int) -> Arm:
-        """Sum up in folds."""
-        return Arm(fold_sums(counts, folds), counts.shape[0], tuple(p.pairs(counts, folds) for p in self.populations))
+    def arm(self, counts: Any, folds: int, control: Control | None = None, target: Mask | None = None) -> Arm:
+        """Sum up in folds; in distances, the perturbed gene has the counts of control cells, so that it has no part."""
+        cells = counts
+        if self.populations and control is not None and target is not None and target.any():
+            cells = exchange(counts, control.counts, target)
+        return Arm(fold_sums(counts, folds), counts.shape[0], tuple(p.pairs(cells, folds) for p in self.populations))
 
     def control(self, counts: Any, folds: int) -> Control:
         """Sum up control cells in folds, with moments of their expression."""
         values = lognormal(counts).astype(np.float64)
         mean = np.asarray(values.mean(axis=0)).ravel()
         square = np.asarray(values.multiply(values).mean(axis=0)).ravel()
-        return Control(self.arm(counts, folds), mean, np.maximum(square - mean**2, 0.0))
+        kept = counts if self.populations else None
+        return Control(self.arm(counts, folds), mean, np.maximum(square - mean**2, 0.0), kept)
 
 
 @dataclass(frozen=True)
@@ -200,9 +213,12 @@ class Generated:
         base = {context: Side.of(paired, control.arm) for context, control in controls.items()}
         with closing(draw(self.sampler, requests, None, self.workers)) as drawn:
             cells = by_request(drawn, requests)
-            for _ in names:
+            for name in names:
+                target = target_genes(self.sampler.registry, name)
                 yield {
-                    context: contrast(Side.of(rows, self.summariser.arm(next(cells), folds)), side)
+                    context: contrast(
+                        Side.of(rows, self.summariser.arm(next(cells), folds, controls[context], target)), side
+                    )
                     for context, side in base.items()
                 }
 
@@ -257,8 +273,11 @@ class Observed:
         base = {context: Side.of(np.hstack([rows, rows]), control.arm) for context, control in controls.items()}
         for name in names:
             counts = {context: self._counts((*context, name)) for context in controls}
+            target = target_genes(self.registry, name)
             yield {
-                context: contrast(Side.of(rows, self.summariser.arm(c, folds)), base[context])
+                context: contrast(
+                    Side.of(rows, self.summariser.arm(c, folds, controls[context], target)), base[context]
+                )
                 for context, c in counts.items()
                 if c is not None
             }
@@ -307,6 +326,13 @@ def jackknife_variance(left_out: Array) -> Array:
     """Return the delete-a-group jackknife variance over the first axis: (k - 1) / k sum (x_i - mean)^2 (Tukey 1958)."""
     k = len(left_out)
     return (k - 1) * np.var(left_out, axis=0) if k > 1 else np.zeros(left_out.shape[1:])
+
+
+def exchange(counts: Any, control: Any, genes: Mask) -> Any:
+    """Return counts (n, genes) with some genes as in control cells, in order and from the start again if they end."""
+    out = counts.tolil(copy=True)
+    out[:, genes] = control[np.arange(counts.shape[0]) % control.shape[0]][:, genes]
+    return out.tocsr()
 
 
 def by_request(drawn: Any, requests: Sequence[Request]) -> Iterator[Any]:

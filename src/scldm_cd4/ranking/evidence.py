@@ -22,18 +22,24 @@ MIN_HELD_OUT = 20
 
 @dataclass(frozen=True)
 class Reliability:
-    """Generated beside observed scores of held-out conditions, each a perturbation in one context."""
+    """Generated minus observed scores of held-out conditions, beyond the sampling error of both."""
 
     n_conditions: int
     spearman: float
-    model_sd: float
-    """Standard deviation of generated minus observed scores beyond the sampling error of both."""
+    shared_sd: float
+    """Standard deviation of what is wrong in all contexts of a perturbation."""
+    context_sd: float
+    """Standard deviation of what is wrong in one context."""
     note: str
+
+    def model_sd(self, n_contexts: int) -> float:
+        """Return the standard deviation of the model's error in a mean over contexts."""
+        return float(np.sqrt(self.shared_sd**2 + self.context_sd**2 / max(n_contexts, 1)))
 
     @classmethod
     def unknown(cls, note: str) -> "Reliability":
         """Return one without figures."""
-        return cls(0, np.nan, np.nan, note)
+        return cls(0, np.nan, np.nan, np.nan, note)
 
 
 class HeldOut:
@@ -52,7 +58,7 @@ class HeldOut:
     def __init__(self, observed: Observed, wanted: Sequence[tuple[str, Context]], n_cells: int) -> None:
         self.observed, self.wanted, self.n_cells = observed, set(wanted), n_cells
         self.controls = observed.controls(list(dict.fromkeys(context for _, context in wanted)), n_cells)
-        self.found: list[tuple[float, float, float]] = []
+        self.found: list[tuple[str, float, float, float]] = []
 
     def add(self, name: str, changes: Mapping[Context, Change], scorer: Scorer, keep: NDArray[np.bool_]) -> None:
         """Look at the effects of one perturbation."""
@@ -64,7 +70,7 @@ class HeldOut:
             pair = [scorer.score(side, keep) for side in (changes[context], change)]
             noise = sum(float(jackknife_variance(scores[1:])) for scores in pair)
             if np.isfinite(noise):
-                self.found.append((float(pair[0][0]), float(pair[1][0]), noise))
+                self.found.append((name, float(pair[0][0]), float(pair[1][0]), noise))
 
     def reliability(self) -> Reliability:
         """Return the figures."""
@@ -76,13 +82,21 @@ class HeldOut:
                 f"{n} held-out conditions with {MIN_HELD_OUT} cells and a control among those ranked; "
                 f"{MIN_CONDITIONS} are needed to say how far generated scores are off"
             )
-        made, seen, noise = np.array(self.found).T
-        excess = float(np.mean(np.square(made - seen)) - noise.mean())
+        names = np.array([name for name, *_ in self.found])
+        made, seen, noise = np.array([values for _, *values in self.found]).T
+        error = made - seen
+        total = max(float(np.mean(np.square(error)) - noise.mean()), 0.0)
+        _, codes = np.unique(names, return_inverse=True)
+        pairs = float((np.bincount(codes) * (np.bincount(codes) - 1)).sum())
+        products = float((np.bincount(codes, error) ** 2 - np.bincount(codes, error**2)).sum())
+        # errors of different contexts have no sampling error in common, so their products hold what they share
+        shared = min(max(products / pairs, 0.0), total) if pairs >= MIN_CONDITIONS else total
         varies = np.ptp(made) > 0 and np.ptp(seen) > 0
         return Reliability(
             n,
             float(spearmanr(made, seen).statistic) if varies else np.nan,
-            float(np.sqrt(max(excess, 0.0))),
+            float(np.sqrt(shared)),
+            float(np.sqrt(total - shared)),
             f"from {n} conditions (perturbation x context) without training cells",
         )
 
@@ -115,12 +129,6 @@ def held_out_conditions(
         chosen = stream(seed, ("held out",), 0, "reliability").choice(len(found), MAX_CONDITIONS, replace=False)
         found = [found[i] for i in np.sort(chosen)]
     return found
-
-
-def target_genes(registry: Registry, name: str) -> NDArray[np.bool_]:
-    """Return which genes carry the name of a perturbation, as identifier or in a string column of ``var``."""
-    columns = [registry.genes, *registry.var.values()]
-    return np.any([np.array(column, dtype=object) == name for column in columns], axis=0)
 
 
 def gene_names(registry: Registry, hit: NDArray[np.bool_]) -> tuple[str, str]:

@@ -12,8 +12,17 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.conditions import as_n_cells, requested_levels
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.generation import Trained
-from scldm_cd4.ranking.effects import Both, Context, Control, EffectSource, Generated, Observed, Summariser
-from scldm_cd4.ranking.evidence import HeldOut, Reliability, held_out_conditions, target_genes
+from scldm_cd4.ranking.effects import (
+    Both,
+    Context,
+    Control,
+    EffectSource,
+    Generated,
+    Observed,
+    Summariser,
+    target_genes,
+)
+from scldm_cd4.ranking.evidence import HeldOut, Reliability, held_out_conditions
 from scldm_cd4.ranking.population import Population, latent_embedding
 from scldm_cd4.ranking.racing import race, rounds
 from scldm_cd4.ranking.scoring import Group, Row, Scorer
@@ -353,9 +362,10 @@ def _attrs(
         "reliability": {
             "n_conditions": reliability.n_conditions,
             "spearman": reliability.spearman,
-            "model_sd": reliability.model_sd,
+            "shared_sd": reliability.shared_sd,
+            "context_sd": reliability.context_sd,
             "note": reliability.note,
         },
         "perturbed_gene": "takes no part"
-        + (" in changes of expression; it does in the latent distances" if "population" in kinds else ""),
+        + ("; in distances, perturbed cells have its counts of control cells" if "population" in kinds else ""),
     }

@@ -81,6 +81,7 @@ class Scorer:
     """Standard deviation of log1p(counts per 10,000) over control cells (genes,)."""
     _chance: Change = field(init=False)
     _chance_parts: Array = field(init=False)
+    _chance_squares: Array = field(init=False)
     _units: Array = field(init=False)
     _random: tuple[Array, ...] = field(init=False)
 
@@ -89,6 +90,7 @@ class Scorer:
         set_ = object.__setattr__
         set_(self, "spread", np.sqrt(np.mean([c.variance for c in found], axis=0)))
         set_(self, "_chance", mean_change([_split(c.arm, self._rng("control halves")) for c in found]))
+        set_(self, "_chance_squares", np.square(self._chance.delta).sum(axis=1))
         everything = np.ones(len(self.spread), dtype=bool)
         chance = np.stack([self._part(part, self._chance, everything) for part in self.parts])
         set_(self, "_chance_parts", chance)
@@ -126,7 +128,7 @@ class Scorer:
         inside = [[changes[c] for c in contexts if c[0] == d] for d in donors]
         outside = [[changes[c] for c in contexts if c[0] != d] for d in donors] if len(donors) > 1 else []
         estimates = self.score(_first_rows([mean_change(side) for side in (*inside, *outside)]), keep)
-        sizes = np.linalg.norm(self._chance.delta[:, keep], axis=1) * self._scale(mean)
+        sizes = self._chance_sizes(keep) * self._scale(mean)
         null = self._chance_scores(mean)
         used = np.any([p.target.genes_used(self.spread, keep) for p in self.parts if isinstance(p.target, Profile)], 0)
         return Row(
@@ -161,6 +163,11 @@ class Scorer:
     def _scale(self, change: Change) -> float:
         """Return by how much the sampling noise of an effect exceeds that between halves of the control."""
         return float(np.sqrt(change.noise / self._chance.noise))
+
+    def _chance_sizes(self, keep: Mask) -> Array:
+        """Return the effect sizes between halves of the control on some genes (N_SPLITS,)."""
+        left_out = np.square(self._chance.delta[:, ~keep]).sum(axis=1)
+        return np.sqrt(np.maximum(self._chance_squares - left_out, 0.0))
 
     def _chance_scores(self, change: Change) -> Array:
         """Return the scores between halves of the control, with the noise that this effect has (N_SPLITS,)."""

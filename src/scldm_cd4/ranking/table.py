@@ -8,7 +8,8 @@ import pandas as pd
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.output import evidence
-from scldm_cd4.ranking.evidence import Reliability, gene_names, target_genes
+from scldm_cd4.ranking.effects import target_genes
+from scldm_cd4.ranking.evidence import Reliability, gene_names
 from scldm_cd4.ranking.scoring import Group, Row
 from scldm_cd4.ranking.uncertainty import MIN_DONORS, Spread, assess, false_discovery_rates, p_values
 from scldm_cd4.registry import Registry
@@ -80,7 +81,7 @@ def _judged(
     )
     chance = np.array([row.chance for row in rows])
     mean, sd, q05, q95 = sign * chance[:, 0], chance[:, 1], *(sign * chance[:, 2:].T)
-    model = np.full(len(rows), reliability.model_sd)
+    model = np.array([reliability.model_sd(len(row.contexts)) for row in rows])
     known = np.nan_to_num(model)
     p_chance = p_values(score - mean, np.hypot(np.fmax(sd, sure.se_total), known), sure.df)
     z_genes = sign * np.array([row.z_genes for row in rows])
