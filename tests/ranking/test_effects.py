@@ -148,10 +148,10 @@ def test_held_out_conditions_tell_the_error_of_the_model(ranked: Any, four_donor
     n, shared, own = 4000, 0.5, 0.3
     error = np.repeat(shared * rng.normal(size=n // 4), 4) + own * rng.normal(size=n)
     seen = rng.normal(size=n)
-    held_out.found = [
-        (str(i // 4), float(s + e + 0.2 * z), float(s), 0.04)
+    held_out.found = {
+        (str(i // 4), ("donor", str(i % 4))): (float(s + e + 0.2 * z), float(s), 0.04)
         for i, (s, e, z) in enumerate(zip(seen, error, rng.normal(size=n), strict=True))
-    ]
+    }
     reliability = held_out.reliability()
     assert reliability.shared_sd == pytest.approx(shared, rel=0.1)
     assert reliability.context_sd == pytest.approx(own, rel=0.1)

@@ -10,43 +10,46 @@ from scldm_cd4 import DataError
 from scldm_cd4.ranking.racing import race, rounds
 
 
-def test_plan() -> None:
-    assert rounds(200, 10_571, 100) == [(12, 10_571), (50, 2643), (200, 661)]
-    assert rounds(200, 30, 20) == [(200, 30)]  # no more than twice the shortlist: nothing to race
-    assert rounds(20, 1000, 20) == [(5, 1000), (20, 250)]
-    for n_cells, n_names, top_k in ((64, 500, 5), (1000, 100, 1), (32, 3, 1)):
-        plan = rounds(n_cells, n_names, top_k)
-        assert plan[-1][0] == n_cells
-        assert plan[0][1] == n_names
-        assert [n for n, _ in plan] == sorted(n for n, _ in plan)
-        assert [k for _, k in plan] == sorted((k for _, k in plan), reverse=True)
+def test_rounds() -> None:
+    assert rounds(200) == [12, 50, 200]
+    assert rounds(64) == [4, 16, 64]
+    assert rounds(15) == [15]
 
 
-def test_race_keeps_the_best_of_every_group() -> None:
+def test_race_stops_who_is_surely_in_or_out() -> None:
     names = [f"p{i}" for i in range(64)]
     truth = np.array([np.arange(64.0), -np.arange(64.0)])
+    calls: list[tuple[int, int]] = []
 
-    def scores(some: Any, n: int) -> np.ndarray:
-        return truth[:, [names.index(name) for name in some]]
+    def evaluate(some: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+        calls.append((len(some), n))
+        scores = truth[:, [names.index(name) for name in some]]
+        return scores, np.full(scores.shape, 4.0 / np.sqrt(n))
 
-    last, reached = race(names, [(1, 64), (4, 16), (16, 4)], scores)
-    assert last == ["p0", "p1", "p62", "p63"]
-    assert np.bincount(reached).tolist() == [48, 12, 4]
-    missing, _ = race(names, [(1, 64), (4, 4)], lambda some, n: np.full((1, len(some)), np.nan))
-    assert len(missing) >= 4
+    reached = race(names, [4, 16, 64], evaluate, 8)
+    # after the first round all within 3 standard errors (6) of a border (55.5 and 7.5) go on, after the second within 3
+    assert calls == [(64, 4), (24, 16), (12, 64)]
+    assert set(np.flatnonzero(reached == 2)) == {5, 6, 7, 8, 9, 10, 53, 54, 55, 56, 57, 58}
+    assert (
+        race(names, [4, 16], lambda some, n: (np.full((1, len(some)), np.nan), np.ones((1, len(some)))), 8).max() == 0
+    )
+    assert race(names[:5], [4, 16], lambda some, n: (np.ones((1, len(some))), np.ones((1, len(some)))), 8).max() == 0
 
 
-def test_last_round_is_the_ranking_without_racing(ranked: Any, four_donors: Any) -> None:
+def test_scores_of_a_race_are_those_without(ranked: Any, four_donors: Any) -> None:
     signature = four_donors.var["true_th1_axis"] + 0.01 * np.arange(four_donors.n_vars)
-    options = {"timepoint": "Rest", "donor": ranked.donors[0], "n_cells": 32, "top_k": 1, "seed": 0}
+    options = {"timepoint": "Rest", "donor": ranked.donors[0], "n_cells": 80, "top_k": 1, "seed": 0}
     table = ranked.rank_perturbations(signature, racing=True, **options)
     exact = ranked.rank_perturbations(signature, **options).set_index("perturbation")
-    last = table[table["round"] == table["round"].max()]
-    assert len(last) == 2
-    assert table.attrs["rounds"] == [[8, 8], [32, 2]]
-    np.testing.assert_array_equal(last["score"], exact.loc[last["perturbation"], "score"])
+    assert table.attrs["rounds"] == [5, 20, 80]
+    for n_cells, stopped in table.groupby("n_cells"):
+        same = ranked.rank_perturbations(signature, **(options | {"n_cells": max(int(n_cells), 20)}))
+        same = same.set_index("perturbation")
+        if n_cells >= 20:
+            np.testing.assert_array_equal(stopped["score"], same.loc[stopped["perturbation"], "score"])
+    assert table["n_cells"].max() > 5 >= table["n_cells"].min()
     assert table["rank"].is_monotonic_increasing
-    assert table["round"].is_monotonic_decreasing
+    assert set(table["perturbation"]) == set(exact.index)
 
 
 def names_of(model: Any) -> list[str]:

@@ -58,7 +58,7 @@ class HeldOut:
     def __init__(self, observed: Observed, wanted: Sequence[tuple[str, Context]], n_cells: int) -> None:
         self.observed, self.wanted, self.n_cells = observed, set(wanted), n_cells
         self.controls = observed.controls(list(dict.fromkeys(context for _, context in wanted)), n_cells)
-        self.found: list[tuple[str, float, float, float]] = []
+        self.found: dict[tuple[str, Context], tuple[float, float, float]] = {}
 
     def add(self, name: str, changes: Mapping[Context, Change], scorer: Scorer, keep: NDArray[np.bool_]) -> None:
         """Look at the effects of one perturbation."""
@@ -70,7 +70,7 @@ class HeldOut:
             pair = [scorer.score(side, keep) for side in (changes[context], change)]
             noise = sum(float(jackknife_variance(scores[1:])) for scores in pair)
             if np.isfinite(noise):
-                self.found.append((name, float(pair[0][0]), float(pair[1][0]), noise))
+                self.found[name, context] = (float(pair[0][0]), float(pair[1][0]), noise)
 
     def reliability(self) -> Reliability:
         """Return the figures."""
@@ -82,8 +82,8 @@ class HeldOut:
                 f"{n} held-out conditions with {MIN_HELD_OUT} cells and a control among those ranked; "
                 f"{MIN_CONDITIONS} are needed to say how far generated scores are off"
             )
-        names = np.array([name for name, *_ in self.found])
-        made, seen, noise = np.array([values for _, *values in self.found]).T
+        names = np.array([name for name, _ in self.found])
+        made, seen, noise = np.array(list(self.found.values())).T
         error = made - seen
         total = max(float(np.mean(np.square(error)) - noise.mean()), 0.0)
         _, codes = np.unique(names, return_inverse=True)

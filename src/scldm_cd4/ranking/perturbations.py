@@ -70,13 +70,17 @@ def rank(
     source = _source(trained, sampling, effects, summariser, adata, workers)
     groups = _groups(registry, donor, timepoint)
     run = _Run(registry, source, parts, groups, sampling.seed)
-    plan = rounds(n_cells, len(names), top_k) if racing else [(n_cells, len(names))]
+    sizes = rounds(n_cells) if racing else [n_cells]
     sign = 1.0 if direction == "toward" else -1.0
+    held_out = _held_out(source, summariser, adata, registry, names, run.contexts, n_cells, sampling.seed)
     rows: dict[str, list[Row | None]] = {}
-    _, reached = race(names, plan, lambda some, n: sign * run.pilot(some, n, rows))
-    finalists = [name for name, r in zip(names, reached, strict=True) if r == len(plan) - 1]
-    held_out = _held_out(source, summariser, adata, registry, finalists, run.contexts, n_cells, sampling.seed)
-    rows |= run.rows(finalists, n_cells, held_out)
+
+    def evaluate(some: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+        found = run.rows(some, n, held_out)
+        rows.update(found)
+        return sign * _by_group(found, "score"), _by_group(found, "se_cells")
+
+    reached = race(names, sizes, evaluate, top_k)
     unknown = f"not looked at: effects are {source.name}" if not isinstance(source, Generated) else "no held-out cells"
     reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
     tables = [
@@ -99,7 +103,7 @@ def rank(
     share = [p.target.share_found for p in parts if isinstance(p.target, Profile)]
     table["frac_target_genes_found"] = min(share, default=np.nan)
     table.attrs = _attrs(trained, sampling, parts, groups, direction, source, reliability)
-    table.attrs |= {"n_cells": n_cells, "top_k": top_k, "n_boot": n_boot, "rounds": [list(step) for step in plan]}
+    table.attrs |= {"n_cells": n_cells, "top_k": top_k, "n_boot": n_boot, "rounds": sizes}
     return table
 
 
@@ -155,8 +159,9 @@ def rank_perturbations(
         ``edistance`` (default), ``mmd``. See `scldm_cd4.ranking.scores` and `scldm_cd4.ranking.population`. For a sum,
         a dict by name.
     racing
-        Start all with few cells and go on with the best (`scldm_cd4.ranking.racing`). Those that drop out rank behind,
-        by their scores of that round; the last round is the same as without racing.
+        Start all with few cells per condition, and go on up to `n_cells` only with those that are not surely in or out
+        of the shortlist (`scldm_cd4.ranking.racing`). ``round`` and ``n_cells`` say where each stopped; rank the
+        shortlist again with ``perturbations=`` for all cells.
     top_k
         Size of the shortlist, for ``p_top_k`` and racing.
     min_effect
@@ -252,13 +257,10 @@ class _Run:
                     held_out.add(name, own, scorer, ~target)
         return rows
 
-    def pilot(self, names: Sequence[str], n_cells: int, keep: dict[str, list[Row | None]]) -> np.ndarray:
-        """Return scores (groups, names) and remember the rows."""
-        rows = self.rows(names, n_cells)
-        keep |= rows
-        return np.array(
-            [[np.nan if (row := rows[n][i]) is None else row.score for n in names] for i in range(len(self.groups))]
-        )
+
+def _by_group(rows: Mapping[str, list[Row | None]], what: str) -> np.ndarray:
+    """Return a figure of rows (groups, names); NaN where there is none."""
+    return np.array([[np.nan if row is None else getattr(row, what) for row in each] for each in rows.values()]).T
 
 
 def _check(direction: str, n_cells: int, top_k: int, n_boot: int, min_effect: float | None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scldm_cd4.noise import stream
-from scldm_cd4.ranking.effects import Arm, Change, Context, Control, Side, contrast, mean_change
+from scldm_cd4.ranking.effects import Arm, Change, Context, Control, Side, contrast, jackknife_variance, mean_change
 from scldm_cd4.ranking.population import Population
 from scldm_cd4.ranking.scores import LINEAR, cosine
 from scldm_cd4.ranking.targets import Part, Profile
@@ -55,6 +55,11 @@ class Row:
     on_target: float
     """log2 fold change of the perturbed gene; NaN where it is not in the panel."""
     contexts: tuple[Context, ...]
+
+    @property
+    def se_cells(self) -> float:
+        """Standard error over cells."""
+        return float(np.sqrt(jackknife_variance(self.folds)))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def group_table(
     sign
         1 toward the target, -1 away from it.
     reached
-        Last round of a race of each name; who came further ranks before.
+        Last round of a race of each name.
     """
     ok = np.array([row is not None and np.isfinite(row.score) for row in rows], dtype=bool)
     good = [row for row, is_ok in zip(rows, ok, strict=True) if is_ok and row is not None]
@@ -129,15 +129,8 @@ def _warning(row: Row | None, n_train: int, group: Group) -> str:
 
 
 def _ranked(table: pd.DataFrame) -> pd.DataFrame:
-    """Rank by round of the race, then by score; rows without a score come last and have no rank."""
-    from scipy.stats import rankdata
-
-    ok = table["score"].notna().to_numpy()
-    last = table["round"].to_numpy()
-    rank = np.full(len(table), np.nan)
-    for r in np.unique(last[ok]):
-        rows = np.flatnonzero(ok & (last == r))
-        rank[rows] = rankdata(-table["score"].to_numpy()[rows]) + (ok & (last > r)).sum()
+    """Rank by score; rows without one come last and have no rank."""
+    rank = table["score"].rank(ascending=False, method="average").to_numpy()
     table["rank"] = rank
     table["rank_lo"], table["rank_hi"] = np.fmin(table["rank_lo"], rank), np.fmax(table["rank_hi"], rank)
     return table.sort_values("rank", kind="stable", na_position="last", ignore_index=True)
