@@ -119,6 +119,8 @@ class StageConfig:
     """Factor on the learning rate of the dispersion table, which then has no weight decay."""
     refit_theta: bool = False
     """Fit the dispersions to the trained means at the end of the stage."""
+    balance: float = 0.0
+    """In the flow stage, a cell of a perturbation with n training cells is drawn in proportion to ``n ** -balance``."""
     data_init: bool = False
     """Start gene vectors and logits from the statistics of the training cells."""
 
@@ -246,6 +248,7 @@ _SMALL_TRAIN_FLOW = StageConfig(
     epoch_limit=100,
     ema_decay=0.998,
     ema_every=1,
+    balance=0.5,
 )
 
 PRESETS = {

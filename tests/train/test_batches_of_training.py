@@ -38,6 +38,33 @@ def test_processes_share_the_same_cells(world):
     assert {i for s in samplers for batch in s for i in batch} == set(range(41))
 
 
+def test_weights_say_how_often_an_item_occurs():
+    weights = np.repeat([1.0, 4.0], [30, 10])
+    sampler = EpochSampler(40, 7, seed=0, weights=weights)
+    drawn = np.zeros(40)
+    for epoch in range(50):
+        sampler.set_epoch(epoch)
+        order = np.concatenate(list(sampler))
+        assert len(order) == 40
+        times = np.bincount(order, minlength=40)
+        assert (np.abs(times - weights * 40 / 70) < 1).all()  # rounded up or down
+        drawn += times
+    np.testing.assert_allclose(drawn / 50, weights * 40 / 70, atol=0.2)
+
+
+def test_balance_draws_perturbations_of_few_cells_more_often():
+    labels = torch.zeros(100, 3, dtype=torch.int64)
+    labels[64:, 2] = 1
+    counts = {}
+    for balance in (0.0, 0.5, 1.0):
+        data = LatentBatches(torch.zeros(100, 1, 2), labels, balance=balance)
+        drawn = torch.cat([batch["labels"][:, 2] for batch in make_loader(data, 10, seed=1)])
+        counts[balance] = torch.bincount(drawn).tolist()
+    assert counts[0.0] == [64, 36]
+    assert counts[0.5] == pytest.approx([100 * 8 / 14, 100 * 6 / 14], abs=1)
+    assert counts[1.0] == pytest.approx([50, 50], abs=1)
+
+
 def test_a_loader_goes_on_in_the_middle():
     data = LatentBatches(torch.arange(40.0).view(20, 1, 2), torch.zeros(20, 3, dtype=torch.int64))
     whole = [b["latent"] for b in make_loader(data, 6, seed=3)]

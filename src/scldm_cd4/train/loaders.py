@@ -23,6 +23,8 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
     """All positions in a new order each epoch, in batches of nearly equal size; without seed in order, in full batches.
 
     The order depends on the seed and the epoch alone. An epoch has ``ceil(n / batch_size)`` batches for each process.
+    With weights, an epoch still has n items: each occurs as often as its share of the weights asks for, rounded up or
+    down by chance (systematic resampling).
 
     Parameters
     ----------
@@ -34,10 +36,22 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
         Seed of the order; None keeps the items in place.
     rank, world
         This process and the number of processes; each takes every `world`-th item, filled up to equal length.
+    weights
+        Positive weight of each item (n,); None for equal ones. Without seed they are not used.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int | None, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int | None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.ends = None if weights is None else np.cumsum(weights) * (n / np.sum(weights))
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -55,7 +69,11 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
         start, self.start = self.start, 0
         order = np.arange(self.n)
         if self.seed is not None:
-            order = np.random.default_rng(key_seed(self.seed, self.epoch)).permutation(self.n)
+            generator = np.random.default_rng(key_seed(self.seed, self.epoch))
+            if self.ends is not None:
+                places = np.searchsorted(self.ends, np.arange(self.n) + generator.random(), side="right")
+                order = np.minimum(places, self.n - 1)  # the last end may lie below n by rounding
+            order = generator.permutation(order)
         own = np.resize(order, self._per_process * self.world)[self.rank :: self.world]
         batches = np.array_split(own, len(self))
         if self.seed is None:
@@ -152,10 +170,21 @@ class CountBatches(Dataset[Batch]):
 
 
 class LatentBatches(Dataset[Batch]):
-    """Cached latents (n, S, L) with their labels (n, 3)."""
+    """Cached latents (n, S, L) with their labels (n, 3).
 
-    def __init__(self, latents: Tensor, labels: Tensor) -> None:
+    Parameters
+    ----------
+    balance
+        A cell of a perturbation with m cells weighs ``m ** -balance`` when batches are drawn: 0 draws cells alike, 1
+        perturbations alike.
+    """
+
+    def __init__(self, latents: Tensor, labels: Tensor, *, balance: float = 0.0) -> None:
         self.latents, self.labels = latents, labels
+        self.weights: NDArray[np.float64] | None = None
+        if balance:
+            perturbation = labels[:, -1].numpy()
+            self.weights = np.bincount(perturbation)[perturbation] ** -float(balance)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -196,7 +225,7 @@ def make_loader(
     n = len(data)  # type: ignore[arg-type]
     return ResumableLoader(
         data,
-        sampler=EpochSampler(n, batch_size, seed, rank=rank, world=world),
+        sampler=EpochSampler(n, batch_size, seed, rank=rank, world=world, weights=getattr(data, "weights", None)),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

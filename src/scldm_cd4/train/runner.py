@@ -248,7 +248,7 @@ class _Job:
         labels = torch.as_tensor(self.cells.labels)
         parts = [self._latents(rows, name) for name, rows in (("train", self.split.train), ("held_out", self.held_out))]
         train, held_out = (
-            LatentBatches(z, labels[torch.from_numpy(rows)]) if z is not None else None
+            LatentBatches(z, labels[torch.from_numpy(rows)], balance=config.balance) if z is not None else None
             for z, rows in zip(parts, (self.split.train, self.held_out), strict=True)
         )
         plan = FlowPlan(dit, config, key_seed(self.seed, 21))
