@@ -187,7 +187,8 @@ def rank_perturbations(
     ``z_genes`` (against random gene sets of like expression), ``pval`` (one-sided, the larger of both) and ``fdr``
     (Benjamini & Hochberg); ``effect_size`` (L2), ``effect_ratio`` (over its median by chance), ``passes_min_effect``;
     ``n_donors``, ``n_donors_agree``, ``score_min_donor`` and ``score_<donor>``; ``ontarget_pred_log2fc``;
-    ``n_train_cells``, ``n_train_contexts``; ``part_<name>`` for a sum. ``attrs`` says how it was made, what the
+    ``n_train_cells``, ``n_train_contexts``; ``top_genes`` (with the largest part in the score, and their log2 fold
+    changes); ``part_<name>`` for a sum. ``attrs`` says how it was made, what the
     intervals hold, and the ``reliability`` of the model on held-out conditions.
 
     Raises

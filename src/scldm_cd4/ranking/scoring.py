@@ -16,6 +16,7 @@ N_SPLITS = 400
 """Random halves of the control cells that make the chance level."""
 N_RANDOM = 100
 """Random gene sets, matched for expression."""
+N_DRIVERS = 10
 N_BINS = 10
 """Classes of expression in which genes are exchanged."""
 Array = NDArray[np.float64]
@@ -55,6 +56,8 @@ class Row:
     on_target: float
     """log2 fold change of the perturbed gene; NaN where it is not in the panel."""
     contexts: tuple[Context, ...]
+    drivers: tuple[tuple[int, float, float], ...]
+    """Genes with the largest part in the score: position, part (toward the target is positive), log2 fold change."""
 
     @property
     def se_cells(self) -> float:
@@ -151,7 +154,19 @@ class Scorer:
             n_cells=mean.n_cells,
             on_target=float(mean.delta[0, target].mean() / np.log(2)) if target.any() else np.nan,
             contexts=contexts,
+            drivers=self._drivers(mean, keep),
         )
+
+    def _drivers(self, change: Change, keep: Mask) -> tuple[tuple[int, float, float], ...]:
+        parts = np.zeros(len(self.spread))
+        for unit, part in zip(self._units, self.parts, strict=True):
+            if isinstance(part.target, Profile):
+                scaled = part.target.kind == "signature" and part.target.method != "projection"
+                scale = np.maximum(self.spread, 1e-300) if scaled else 1.0
+                used = part.target.genes_used(self.spread, keep)
+                parts += np.where(used, unit * part.target.weights * change.delta[0] / scale, 0.0)
+        first = [int(g) for g in np.argsort(-np.abs(parts), kind="stable")[:N_DRIVERS] if parts[g]]
+        return tuple((g, float(parts[g]), float(change.delta[0, g] / np.log(2))) for g in first)
 
     def _rng(self, purpose: str) -> np.random.Generator:
         return stream(self.seed, (self.group.donor, self.group.timepoint), 0, purpose)

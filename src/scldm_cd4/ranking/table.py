@@ -58,8 +58,22 @@ def group_table(
     table["n_train_cells"] = [sum(n) for n in seen]
     table["n_train_contexts"] = [int(np.count_nonzero(n)) for n in seen]
     table["round"] = reached
+    table["top_genes"] = [top_genes(registry, row) for row in rows]
     table["warning"] = [_warning(row, n, group) for row, n in zip(rows, table["n_train_cells"], strict=True)]
     return _ranked(table)
+
+
+def top_genes(registry: Registry, row: Row | None) -> str:
+    """Return the genes with the largest part in a score, with their log2 fold changes: ``IRF1:+0.52; GBP1:+0.31``."""
+    if row is None:
+        return ""
+    return "; ".join(f"{_symbol(registry, g)}:{change:+.2f}" for g, _, change in row.drivers)
+
+
+def _symbol(registry: Registry, g: int) -> str:
+    hit = np.zeros(registry.n_genes, dtype=bool)
+    hit[g] = True
+    return gene_names(registry, hit)[0] or registry.genes[g]
 
 
 def _judged(

@@ -1,0 +1,56 @@
+"""Plots of a ranking."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scldm_cd4 import DataError, pl
+
+
+@pytest.fixture(scope="module")
+def signature(four_donors: Any) -> pd.Series:
+    return four_donors.var["true_th1_axis"] + 0.01 * np.arange(four_donors.n_vars)
+
+
+@pytest.fixture(scope="module")
+def table(ranked: Any, signature: pd.Series) -> pd.DataFrame:
+    return ranked.rank_perturbations(signature, effects="observed", n_cells=20, seed=0)
+
+
+@pytest.fixture(scope="module")
+def each(ranked: Any, signature: pd.Series) -> pd.DataFrame:
+    return ranked.rank_perturbations(signature, effects="observed", donor="each", timepoint="each", n_cells=20, seed=0)
+
+
+def test_waterfall(table: pd.DataFrame, each: pd.DataFrame) -> None:
+    ax = pl.waterfall(table, known=["GATA3"], n_named=1, title="SIMULATED")
+    assert {text.get_text() for text in ax.texts} == {"GATA3", *table["perturbation"].iloc[[0, -1]]}
+    ax.figure.canvas.draw()
+    with pytest.raises(DataError, match="several donors"):
+        pl.waterfall(each)
+    with pytest.raises(DataError, match="none of the known"):
+        pl.waterfall(table, known=["nobody"])
+
+
+def test_heatmap(table: pd.DataFrame, each: pd.DataFrame) -> None:
+    ax = pl.ranking_heatmap(each, n=5)
+    assert ax.images[0].get_array().shape == (5, 8)
+    first = each.groupby("perturbation")["score"].mean().idxmax()
+    assert ax.get_yticklabels()[0].get_text() == first
+    with pytest.raises(DataError, match="one group"):
+        pl.ranking_heatmap(table)
+
+
+def test_card_names_the_genes_that_drive_the_score(table: pd.DataFrame, four_donors: Any) -> None:
+    figure = pl.candidate_card(table, "GATA3")
+    figure.canvas.draw()
+    donors, genes, _ = figure.axes
+    assert len(donors.get_xticklabels()) == 5
+    named = [label.get_text() for label in genes.get_yticklabels()]
+    axis = four_donors.var["true_th1_axis"]
+    assert "GATA3" not in named
+    assert (axis[named] != 0).mean() > 0.7
+    with pytest.raises(DataError, match="no score"):
+        pl.candidate_card(table, "nobody")
