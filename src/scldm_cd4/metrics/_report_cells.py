@@ -15,9 +15,9 @@ from scldm_cd4.metrics._samples import Keys, Sample, common_genes, read_sample
 from scldm_cd4.metrics._setting import choose_conditions, fit_reference, settle
 from scldm_cd4.metrics._truth import Controls, Options, Truth, draw, halve
 
-MAX_SHAPING = 3000
+MAX_SHAPING = 1500
 """Reference cells that shape the plane at most."""
-MAX_PLACED = 1500
+MAX_PLACED = 600
 """Cells of each kind that are placed in it at most."""
 
 
@@ -193,7 +193,8 @@ class Scored:
         share = min(1.0, MAX_SHAPING / self.fitted.n_cells)
         basis = draw(self.fitted, np.ceil(self.fitted.sizes() * share).astype(np.int64), seed, 10)
         cells = [project(side.values)[order] for side, order in zip(sides, rows, strict=True)]
-        own, repeat, pred = pl.embed_like(project(basis.values), *cells, seed=seed)
+        (placed,) = pl.embed_like(project(basis.values), np.concatenate(cells), seed=seed)
+        own, repeat, pred = np.split(placed, 3)
         return Places(own, repeat, pred, np.repeat(np.arange(len(n)), n), basis.n_cells)
 
 

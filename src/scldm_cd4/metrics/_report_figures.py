@@ -98,7 +98,10 @@ def scores(table: Any, metrics: Sequence[str], seed: int) -> Any:
             ax.scatter(values, y + rng.uniform(-0.22, 0.22, len(values)), s=10, c=colour, alpha=0.5, linewidths=0)
             if len(values):
                 ax.plot([np.median(values)] * 2, [y - 0.36, y + 0.36], color=INK, lw=1.8)
-        if METRICS[metric].floor == "chance" and rows["floor"].notna().any():
+        chance = METRICS[metric].chance
+        if isinstance(chance, float):  # one that depends on the cells is another one at half of them
+            ax.axvline(chance, color=INK, lw=0.8, ls=":")
+        elif not prefix and chance is not None and rows["floor"].notna().any():
             ax.axvline(rows["floor"].mean(), color=INK, lw=0.8, ls=":")
         names = [label for label, _ in sides.values()] if i % 3 == 0 else [""] * len(sides)
         ax.set_yticks(range(len(sides)), names)
@@ -157,21 +160,23 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
 
 
 def _name_genes(ax: Any, x: np.ndarray, y: np.ndarray, names: Sequence[str], limit: float) -> None:
-    """Write names beside points, toward the middle of the panel, none above another."""
-    for is_right in (True, False):
-        own = np.flatnonzero((x > 0) == is_right)
+    """Write names beside points, outward where there is room, none above another."""
+    from matplotlib.patheffects import withStroke
+
+    for side in (1.0, -1.0):
+        own = np.flatnonzero(x > 0 if side > 0 else x <= 0)
         own = own[np.argsort(y[own], kind="stable")]
-        heights = _apart(y[own], 0.12 * limit, limit)
-        for i, height in zip(own.tolist(), heights, strict=True):
-            edge = x[i] + (-0.07 if is_right else 0.07) * limit
+        for i, height in zip(own.tolist(), _apart(y[own], 0.1 * limit, limit), strict=True):
+            outward = side if abs(x[i]) < 0.5 * limit else -side
             ax.annotate(
                 names[i],
                 (x[i], y[i]),
-                (edge, height),
-                ha="right" if is_right else "left",
+                (x[i] + 0.09 * limit * outward, height),
+                ha="left" if outward > 0 else "right",
                 va="center",
                 fontsize=7.5,
                 color=INK,
+                path_effects=[withStroke(linewidth=2.0, foreground="white")],
                 arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
             )
 
@@ -265,6 +270,7 @@ def recovery(found: Recovery, rows: Sequence[int]) -> Any:
     right.scatter(*clipped, s=9, c=SIGNIFICANT, alpha=0.5, linewidths=0)
     right.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     right.set(xlabel="log2 fold change, real cells", ylabel="log2 fold change, generated cells")
+    right.set_anchor("N")
     agree = f", {np.mean(np.sign(x) == np.sign(guess)):.0%} with the right sign" if len(x) else ""
     right.set_title(f"{len(x)} significant genes of real cells{agree}")
     return figure
@@ -308,7 +314,7 @@ def quality(real: Quality, pred: Quality) -> Any:
 
 
 def _histograms(ax: Any, real: np.ndarray, pred: np.ndarray, title: str, *, log: bool) -> None:
-    """Draw the outlines of two histograms over the same bins, real filled."""
+    """Draw two histograms over the same bins, one filled and one an outline."""
     both = np.concatenate([real, pred])
     low, high = max(both.min(), 1.0) if log else both.min(), both.max()
     bins = np.geomspace(low, max(high, low * 1.01), 41) if log else np.linspace(low, max(high, low + 1.0), 41)
@@ -321,5 +327,5 @@ def _histograms(ax: Any, real: np.ndarray, pred: np.ndarray, title: str, *, log:
         lw=1.8,
         label=f"generated, median {np.median(pred):.0f}",
     )
-    ax.set(title=title, xlabel=title, ylabel="cells", xscale="log" if log else "linear")
+    ax.set(xlabel=title, ylabel="cells", xscale="log" if log else "linear")
     ax.legend(frameon=False)

@@ -11,6 +11,8 @@ import numpy as np
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What a browser may load for the page: nothing but what the page holds. Scripts do not run."""
+DPI = 130
+"""Dots of a figure per inch."""
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1d2733; background: #fff;
@@ -24,8 +26,8 @@ nav a { margin-right: 16px; } a { color: #0b5cad; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
 th { position: sticky; top: 0; background: #eef2f6; text-align: left; vertical-align: bottom; padding: 6px 10px;
   font-weight: 600; } td { padding: 4px 10px; border-top: 1px solid #e8ecf1; vertical-align: top;
-  overflow-wrap: anywhere; } td:first-child { min-width: 9em; }
-th.number, td.number { text-align: right; white-space: nowrap; } td.wide { min-width: 16em; }
+  overflow-wrap: break-word; max-width: 26em; } td:first-child { min-width: 13em; }
+th.number, td.number { text-align: right; } td.number, td.name { white-space: nowrap; } td.wide { min-width: 16em; }
 tbody tr:nth-child(even) td { background: #f8fafc; }
 td.best { font-weight: 700; } td.worst { color: #5f6b78; font-style: italic; } small { color: #4b5968; }
 figure { margin: 14px 0; } figure img { width: 100%; height: auto; border: 1px solid #e8ecf1; border-radius: 4px; }
@@ -92,7 +94,7 @@ def image(figure: Any, description: str, caption: str) -> Element:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"savefig.bbox": None}):
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # of a label; tables show it
-        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     picture = tag("img", src=f"data:image/png;base64,{data}", alt=description)
     return tag("figure", picture, tag("figcaption", caption))

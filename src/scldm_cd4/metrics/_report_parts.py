@@ -197,7 +197,9 @@ def _whole(scores: Any) -> list[Element]:
 
 
 def _count(column: str, value: Any) -> Any:
-    """Give numbers of cells as whole numbers."""
+    """Give numbers of cells as whole numbers, and names of metrics unbroken."""
+    if column == "metric":
+        return tag("td", str(value), class_="name")
     return int(value) if column.startswith("n_") and value == value else value
 
 
