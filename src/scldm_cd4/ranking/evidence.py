@@ -9,15 +9,13 @@ from numpy.typing import NDArray
 
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.noise import stream
-from scldm_cd4.ranking.effects import Change, Context, Observed, jackknife_variance
+from scldm_cd4.ranking.effects import MIN_OBSERVED, Change, Context, Observed, jackknife_variance
 from scldm_cd4.ranking.scoring import Scorer
 from scldm_cd4.registry import Registry
 
 MIN_CONDITIONS = 10
 """Held-out conditions that an estimate of the model's error needs."""
 MAX_CONDITIONS = 500
-MIN_HELD_OUT = 20
-"""Cells that a held-out condition needs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class HeldOut:
         n = len(self.found)
         if n < MIN_CONDITIONS:
             return Reliability.unknown(
-                f"{n} held-out conditions with {MIN_HELD_OUT} cells and a control among those ranked; "
+                f"{n} held-out conditions with {MIN_OBSERVED} cells and a control among those ranked; "
                 f"{MIN_CONDITIONS} are needed to say how far generated scores are off"
             )
         names = np.array([name for name, _ in self.found])
@@ -120,7 +118,7 @@ def held_out_conditions(
     found = [
         (str(name), (str(donor), str(timepoint)))
         for (donor, timepoint, name), n in sizes.items()
-        if n >= MIN_HELD_OUT
+        if n >= MIN_OBSERVED
         and name in ranked
         and (donor, timepoint) in places
         and not registry.n_train(name, donor, timepoint)
