@@ -194,7 +194,9 @@ def test_encode_gives_the_latents(model: Path, cells: Path, trained: CD4Model, t
     run(capsys, "encode", model, cells, "--out", tmp_path / "z.npy", "--overwrite")
 
 
-def test_generate_rank_and_evaluate(model: Path, cells: Path, trained: CD4Model, tmp_path: Path, capsys):
+def test_generate_rank_and_evaluate(
+    model: Path, cells: Path, trained: CD4Model, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     out = tmp_path / "g.h5ad"
     given = ("--perturbation", "NTC", trained.perturbations[1], "--n-cells", 12, "--seed", 3, "--device", "cpu")
     run(capsys, "generate", model, *given, "--out", out)
@@ -224,6 +226,15 @@ def test_generate_rank_and_evaluate(model: Path, cells: Path, trained: CD4Model,
     table = pd.read_csv(scores)
     assert {"perturbation", "metric", "value", "floor", "ceiling"} <= set(table.columns)
     assert table["value"].notna().any()
+    taken = tmp_path / "page.html"
+    taken.write_text("mine")
+    refused = run(capsys, *arguments[:-2], "--report", taken, status=2)
+    assert "page.html" in refused
+    assert taken.read_text() == "mine"
+    page = tmp_path / "own.html"
+    monkeypatch.setattr("scldm_cd4.pl.embed_like", lambda first, *others, seed: [x[:, :2] for x in others])
+    run(capsys, *arguments[:-2], "--allow-missing", "--report", page)
+    assert "<html" in page.read_text(encoding="utf-8")
 
 
 def test_info_and_validate(model: Path, cells: Path, trained: CD4Model, tmp_path: Path, capsys):

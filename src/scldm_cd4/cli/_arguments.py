@@ -148,6 +148,7 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("pred", type=Path, metavar="PRED", help="h5ad of generated cells")
     p.add_argument("--train", type=Path, metavar="FILE", help="h5ad of the training cells, which baselines need")
     p.add_argument("--out", type=Path, metavar="FILE", help="CSV to write")
+    p.add_argument("--report", type=Path, metavar="FILE", help="HTML page with figures to write beside")
     p.add_argument("--profile", default="paper", metavar="NAME", help="set of metrics (default %(default)s)")
     p.add_argument("--perturbation-key", metavar="COLUMN", help="default: as the generated cells say")
     p.add_argument("--allow-missing", action="store_true", help="score the conditions that both files have")

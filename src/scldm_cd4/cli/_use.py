@@ -84,20 +84,23 @@ def evaluate(options: argparse.Namespace) -> str:
     """Score generated cells."""
     if options.out is not None:
         check_free(options.out, options.overwrite, (".csv",))
+    if options.report is not None:
+        check_free(options.report, options.overwrite, (".html",))
     paths = (options.real, options.pred, options.train)
     real, pred, train = (None if path is None else open_h5ad(path) for path in paths)
     say("scoring ...")
-    table = metrics.evaluate(
-        real,
-        pred,
-        train=train,
-        perturbation_key=options.perturbation_key,
-        context_keys=options.context_keys,
-        control=options.control,
-        profile=options.profile,
-        allow_missing=options.allow_missing,
-        seed=options.seed or 0,
-    )
+    shared: dict[str, Any] = {
+        "train": train,
+        "perturbation_key": options.perturbation_key,
+        "context_keys": options.context_keys,
+        "control": options.control,
+        "allow_missing": options.allow_missing,
+        "seed": options.seed or 0,
+    }
+    table = metrics.evaluate(real, pred, profile=options.profile, **shared)
+    if options.report is not None:
+        say("drawing ...")
+        metrics.report(real, pred, options.report, table=table, overwrite=options.overwrite, **shared)
     return write_table(table, options.out)
 
 
