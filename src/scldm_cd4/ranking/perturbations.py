@@ -61,11 +61,7 @@ def rank(
     _check(direction, n_cells, top_k, n_boot, min_effect)
     reader = Reader(registry, adata, latent_embedding(trained.vae, registry), sampling.seed)
     parts = reader.read(target, method)
-    names = [
-        x for x in dict.fromkeys(requested_levels(registry, "perturbation", perturbations)) if x != registry.control
-    ]
-    if not names:
-        raise DataError("there is no perturbation to rank beside the control")
+    names = _names(registry, perturbations)
     summariser = Summariser(tuple(p.target for p in parts if isinstance(p.target, Population)))
     source = _source(trained, sampling, effects, summariser, adata, workers)
     groups = _groups(registry, donor, timepoint)
@@ -83,20 +79,10 @@ def rank(
     reached = race(names, sizes, evaluate, top_k)
     unknown = f"not looked at: effects are {source.name}" if not isinstance(source, Generated) else "no held-out cells"
     reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
+    judged: dict[str, Any] = {"n_boot": n_boot, "top_k": top_k, "min_effect": min_effect, "seed": sampling.seed}
+    judged |= {"sign": sign, "reached": reached, "reliability": reliability}
     tables = [
-        group_table(
-            registry,
-            group,
-            names,
-            [rows[name][i] for name in names],
-            sign=sign,
-            reached=reached,
-            reliability=reliability,
-            n_boot=n_boot,
-            top_k=top_k,
-            min_effect=min_effect,
-            seed=sampling.seed,
-        )
+        group_table(registry, group, names, [rows[name][i] for name in names], **judged)
         for i, group in enumerate(groups)
     ]
     table = flagged(pd.concat(tables, ignore_index=True), off_target)
@@ -249,19 +235,31 @@ class _Run:
         """Return the rows of perturbations, one per group."""
         controls, scorers = self.scorers(n_cells)
         rows = {}
-        for name, changes in zip(names, self.source.changes(names, controls, n_cells), strict=True):
-            target = target_genes(self.registry, name)
-            rows[name] = [scorer.row(changes, ~target, target) for scorer in scorers]
-            if held_out is not None:
-                for scorer in scorers:
-                    own = {c: changes[c] for c in scorer.group.contexts if c in changes}
-                    held_out.add(name, own, scorer, ~target)
+        found = self.source.changes(names, controls, n_cells)
+        try:
+            for name, changes in zip(names, found, strict=True):
+                target = target_genes(self.registry, name)
+                rows[name] = [scorer.row(changes, ~target, target) for scorer in scorers]
+                if held_out is not None:
+                    for scorer in scorers:
+                        own = {c: changes[c] for c in scorer.group.contexts if c in changes}
+                        held_out.add(name, own, scorer, ~target)
+        finally:  # a generator that is left half-way gives torch its threads back
+            if hasattr(found, "close"):
+                found.close()
         return rows
 
 
 def _by_group(rows: Mapping[str, list[Row | None]], what: str) -> np.ndarray:
     """Return a figure of rows (groups, names); NaN where there is none."""
     return np.array([[np.nan if row is None else getattr(row, what) for row in each] for each in rows.values()]).T
+
+
+def _names(registry: Registry, perturbations: Any) -> list[str]:
+    asked = dict.fromkeys(requested_levels(registry, "perturbation", perturbations))
+    if names := [name for name in asked if name != registry.control]:
+        return names
+    raise DataError("there is no perturbation to rank beside the control")
 
 
 def _check(direction: str, n_cells: int, top_k: int, n_boot: int, min_effect: float | None) -> None:
