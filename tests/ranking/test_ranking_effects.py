@@ -143,20 +143,24 @@ def test_held_out_conditions_tell_the_error_of_the_model(ranked: Any, four_donor
     assert all(registry.n_train(name, *context) == 0 for name, context in found)
     observed = Observed(CellData.from_adata(four_donors, registry), registry)
     held_out = HeldOut(observed, found, 20)
-    assert np.isnan(held_out.reliability().model_sd(1))
+    assert np.isnan(held_out.reliability().model_sd(0.0, 1))
     rng = np.random.default_rng(0)
     n, shared, own = 4000, 0.5, 0.3
     error = np.repeat(shared * rng.normal(size=n // 4), 4) + own * rng.normal(size=n)
-    seen = rng.normal(size=n)
+    made = rng.normal(size=n)
+    seen = made - error * np.hypot(1.0, 2.0 * made)  # the error grows with the score
     held_out.found = {
-        (str(i // 4), ("donor", str(i % 4))): (float(s + e + 0.2 * z), float(s), 0.04)
-        for i, (s, e, z) in enumerate(zip(seen, error, rng.normal(size=n), strict=True))
+        (str(i // 4), ("donor", str(i % 4))): (float(m), float(s + 0.2 * z), 0.04)
+        for i, (m, s, z) in enumerate(zip(made, seen, rng.normal(size=n), strict=True))
     }
     reliability = held_out.reliability()
-    assert reliability.shared_sd == pytest.approx(shared, rel=0.1)
-    assert reliability.context_sd == pytest.approx(own, rel=0.1)
-    assert reliability.model_sd(4) == pytest.approx(np.hypot(shared, own / 2), rel=0.1)
-    assert reliability.spearman > 0.5
+    total = np.hypot(shared, own)
+    assert reliability.base_sd == pytest.approx(total, rel=0.3)
+    assert reliability.relative_sd == pytest.approx(2 * total, rel=0.15)
+    assert 0 < reliability.shared < 1
+    assert reliability.model_sd(1.0, 1) == pytest.approx(total * np.sqrt(5), rel=0.15)
+    assert reliability.model_sd(1.0, 4) < reliability.model_sd(1.0, 1)
+    assert reliability.spearman > 0.2
 
 
 def test_empty_cells_can_be_summed() -> None:

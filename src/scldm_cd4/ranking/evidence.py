@@ -24,20 +24,23 @@ class Reliability:
 
     n_conditions: int
     spearman: float
-    shared_sd: float
-    """Standard deviation of what is wrong in all contexts of a perturbation."""
-    context_sd: float
-    """Standard deviation of what is wrong in one context."""
+    base_sd: float
+    """Standard deviation of the error where the generated score is 0."""
+    relative_sd: float
+    """What the error grows by per generated score: its variance is base_sd^2 + (relative_sd score)^2."""
+    shared: float
+    """Share of the error's variance that all contexts of a perturbation have in common."""
     note: str
 
-    def model_sd(self, n_contexts: int) -> float:
-        """Return the standard deviation of the model's error in a mean over contexts."""
-        return float(np.sqrt(self.shared_sd**2 + self.context_sd**2 / max(n_contexts, 1)))
+    def model_sd(self, score: float, n_contexts: int) -> float:
+        """Return the standard deviation of the model's error in a score that is a mean over contexts."""
+        variance = self.base_sd**2 + (self.relative_sd * score) ** 2
+        return float(np.sqrt(variance * (self.shared + (1 - self.shared) / max(n_contexts, 1))))
 
     @classmethod
     def unknown(cls, note: str) -> "Reliability":
         """Return one without figures."""
-        return cls(0, np.nan, np.nan, np.nan, note)
+        return cls(0, np.nan, np.nan, np.nan, np.nan, note)
 
 
 class HeldOut:
@@ -72,6 +75,7 @@ class HeldOut:
 
     def reliability(self) -> Reliability:
         """Return the figures."""
+        from scipy.optimize import nnls
         from scipy.stats import spearmanr
 
         n = len(self.found)
@@ -88,13 +92,17 @@ class HeldOut:
         pairs = float((np.bincount(codes) * (np.bincount(codes) - 1)).sum())
         products = float((np.bincount(codes, error) ** 2 - np.bincount(codes, error**2)).sum())
         # errors of different contexts have no sampling error in common, so their products hold what they share
-        shared = min(max(products / pairs, 0.0), total) if pairs >= MIN_CONDITIONS else total
+        enough = pairs >= MIN_CONDITIONS and total > 0
+        shared = min(max(products / pairs / total, 0.0), 1.0) if enough else 1.0
+        terms = np.column_stack([np.ones(n), np.square(made)])
+        base, growth = nnls(terms, np.square(error) - noise)[0]
         varies = np.ptp(made) > 0 and np.ptp(seen) > 0
         return Reliability(
             n,
             float(spearmanr(made, seen).statistic) if varies else np.nan,
-            float(np.sqrt(shared)),
-            float(np.sqrt(total - shared)),
+            float(np.sqrt(base)),
+            float(np.sqrt(growth)),
+            shared,
             f"from {n} conditions (perturbation x context) without training cells",
         )
 

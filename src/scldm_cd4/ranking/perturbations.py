@@ -363,8 +363,9 @@ def _attrs(
         "reliability": {
             "n_conditions": reliability.n_conditions,
             "spearman": reliability.spearman,
-            "shared_sd": reliability.shared_sd,
-            "context_sd": reliability.context_sd,
+            "base_sd": reliability.base_sd,
+            "relative_sd": reliability.relative_sd,
+            "shared": reliability.shared,
             "note": reliability.note,
         },
         "perturbed_gene": "takes no part"

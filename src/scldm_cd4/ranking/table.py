@@ -95,7 +95,7 @@ def _judged(
     )
     chance = np.array([row.chance for row in rows])
     mean, sd, q05, q95 = sign * chance[:, 0], chance[:, 1], *(sign * chance[:, 2:].T)
-    model = np.array([reliability.model_sd(len(row.contexts)) for row in rows])
+    model = np.array([reliability.model_sd(row.score, len(row.contexts)) for row in rows])
     known = np.nan_to_num(model)
     p_chance = p_values(score - mean, np.hypot(np.fmax(sd, sure.se_total), known), sure.df)
     z_genes = sign * np.array([row.z_genes for row in rows])
