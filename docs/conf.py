@@ -1,0 +1,82 @@
+"""How Sphinx builds the documentation: ``sphinx-build -W -n docs docs/_build/html``."""
+
+import os
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyXRefRole
+
+import scldm_cd4
+
+project = "scldm_cd4"
+author = "The scldm_cd4 developers"
+copyright = f"2026, {author}"  # noqa: A001 - Sphinx's own name
+version = release = scldm_cd4.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+
+# Links into other projects need their inventories from the network, so only Read the Docs makes them. Names of this
+# package are checked everywhere.
+nitpick_ignore_regex = [(r"py:.*", r"(?!scldm_cd4\.).*")]
+if os.environ.get("READTHEDOCS"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "anndata": ("https://anndata.readthedocs.io/en/stable", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "pandas": ("https://pandas.pydata.org/docs", None),
+        "python": ("https://docs.python.org/3", None),
+        "scanpy": ("https://scanpy.readthedocs.io/en/stable", None),
+    }
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"show-inheritance": False}
+napoleon_google_docstring = False
+napoleon_custom_sections = ["Returns", "Yields"]  # prose, not a list of types: the types are in the signature
+default_role = "own"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = "_build/notebooks"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_execution_show_tb = True
+nb_merge_streams = True
+
+html_theme = "sphinx_book_theme"
+html_title = "scldm_cd4"
+html_static_path = ["_static"]
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "use_download_button": True,
+    "use_fullscreen_button": False,
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def own(name: str, rawtext: str, text: str, *rest: Any, **options: Any) -> tuple[list[Any], list[Any]]:
+    """Make text in single backticks a link where it is a full name of this package, else code."""
+    if re.fullmatch(r"scldm_cd4(\.\w+)+", text):
+        link: tuple[list[Any], list[Any]] = PyXRefRole()("py:obj", rawtext, text, *rest, **options)
+        return link
+    return [nodes.literal(rawtext, text)], []
+
+
+def setup(app: Sphinx) -> None:
+    """Add the role that docstrings use."""
+    app.add_role("own", own)
