@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,37 @@ def true_effects(adata: Any, conditions: Sequence[tuple[str, str, str]]) -> np.n
     return np.array(out)
 
 
+def generated(model: CD4Model, seed: int, workers: int | None = None) -> "Kept":
+    """Return the effects of a model as its ranking takes them, made once for all rankings of this run."""
+    state = model._state
+    sampling = model._sampling(seed=seed)
+    sampler = Sampler(state.vae, state.dit, state.registry, sampling, noise_labels=lambda x: (*x[:2], None))
+    return Kept(sampler, workers=workers)
+
+
+@dataclass(frozen=True)
+class Kept(Generated):
+    """Generated effects that are kept when asked for again."""
+
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def controls(self, contexts: Sequence[Context], n_cells: int) -> dict[Context, Control]:
+        """Generate the controls, or take those that were."""
+        key = (tuple(contexts), n_cells)
+        if key not in self.made:
+            self.made[key] = super().controls(contexts, n_cells)
+        return self.made[key]
+
+    def changes(
+        self, names: Sequence[str], controls: Mapping[Context, Control], n_cells: int
+    ) -> Iterator[dict[Context, Change]]:
+        """Generate the effects, or take those that were."""
+        key = (tuple(names), tuple(controls), n_cells)
+        if key not in self.made:
+            self.made[key] = list(super().changes(names, controls, n_cells))
+        yield from self.made[key]
+
+
 def quality(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Rank held-out conditions and compare with the truth and with rankings that need no model."""
     adata, held = simulate(options, seed)
@@ -115,7 +147,8 @@ def quality(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     axis = adata.var["true_th1_axis"]
     goal = {"up": list(axis.index[axis > 0]), "down": list(axis.index[axis < 0])}
     choice: dict[str, Any] = {"donor": "each", "timepoint": "each", "method": METHOD, "seed": seed}
-    table = model.rank_perturbations(goal, n_cells=options.n_cells, **choice)
+    source = generated(model, seed, options.workers)
+    table = model.rank_perturbations(goal, effects=source, n_cells=options.n_cells, **choice)
     ranked = time.perf_counter()
     index = ["perturbation", "donor", "timepoint"]
     table = table.set_index(index)
@@ -136,7 +169,7 @@ def quality(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     kinds = dict(zip(adata.uns["synthetic_cd4"]["perturbations"], adata.uns["synthetic_cd4"]["kinds"], strict=True))
     has_effect = np.array([kinds[name] != "none" for name, *_ in wanted])
     out |= intervals(table.loc[wanted], seen.loc[wanted], truth, has_effect)
-    every = model.rank_perturbations(goal, n_cells=options.n_cells, method=METHOD, seed=seed)
+    every = model.rank_perturbations(goal, effects=source, n_cells=options.n_cells, method=METHOD, seed=seed)
     both = {
         "generated": every,
         "observed": model.rank_perturbations(goal, effects="observed", method=METHOD, seed=seed),
@@ -220,8 +253,7 @@ def noise(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     adata, held = simulate(options, seed)
     model = train(adata, held, options, seed)
     state = model._state
-    sampler = Sampler(state.vae, state.dit, state.registry, Sampling(seed=seed), noise_labels=lambda x: (*x[:2], None))
-    source = Generated(sampler, workers=1)
+    source = generated(model, seed, options.workers)
     contexts = [(d, t) for d in state.registry.donor.levels[:2] for t in state.registry.timepoint.levels[:1]]
     names = [n for n in state.registry.perturbation.levels if n != state.registry.control][:20]
     axis = adata.var["true_th1_axis"]
@@ -281,8 +313,6 @@ class Draws:
 
 def racing(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return cells and recall of the true top 100 of 2,000 with and without racing."""
-    from dataclasses import replace
-
     from scldm_cd4.data.setup import fit_registry
     from scldm_cd4.generation import Trained
     from scldm_cd4.ranking import rank
@@ -381,6 +411,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=2000)
     parser.add_argument("--sd", type=float, default=1.0, help="noise of one cell, in units of the effects")
     parser.add_argument("--preset", default="small")
+    parser.add_argument("--workers", type=int, help="threads that generate; all cores if not given")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder that holds data/")
     parser.add_argument("--models", type=Path, help="folder to keep trained models in")
     parser.add_argument("--out", type=Path)
