@@ -87,6 +87,11 @@ class State:
         vae = self.config.vae
         return DiT(self.config.flow, vae.latent_tokens, vae.n_channels, self.registry.vocabulary)
 
+    def new_networks(self) -> tuple[VAE, DiT]:
+        """Return networks of the right shapes, to be filled with weights."""
+        with isolated_rng(0):
+            return self._new_vae(0), self._new_dit()
+
     def _remember(self, result: "TrainResult", split: Split, stage: str) -> None:
         facts = {"seed": result.seed, "interrupted": result.interrupted, "split": split.spec}
         for name in result.history:
@@ -149,8 +154,7 @@ class State:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the saved model at {path} is damaged: {error!r}") from error
         state = cls(config, Registry.from_dict(saved.registry), history=history, record=record)
-        with isolated_rng(0):
-            networks = {"vae": state._new_vae(0), "dit": state._new_dit()}
+        networks = dict(zip(PARTS, state.new_networks(), strict=True))
         for part in parts:
             if part not in networks:
                 raise CheckpointError(f"the saved model at {path} has an unknown part {part!r}")

@@ -20,11 +20,12 @@ from scldm_cd4.data.splits import make_split
 from scldm_cd4.evaluation import evaluate
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
+from scldm_cd4.query import QueryMethods
 from scldm_cd4.ranking import rank_perturbations
 from scldm_cd4.sampling import used_roles
 
 
-class CD4Model(ModelBase):
+class CD4Model(ModelBase, QueryMethods):
     """A generative model of perturbed cells: an autoencoder for counts and a flow in its latent space.
 
     Parameters

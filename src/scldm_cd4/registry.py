@@ -141,6 +141,8 @@ class Registry:
     """Library sizes of the training cells; None before training."""
     train_counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Training cells: perturbation -> donor -> time point -> number; absent means none."""
+    extended: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Levels by role that were added to the trained model, see `scldm_cd4.extension`; they may lack cells."""
 
     def __post_init__(self) -> None:
         _check_names(self.genes, "the genes")
@@ -189,8 +191,8 @@ class Registry:
         return sum(n > 0 for by_time in self.train_counts.get(perturbation, {}).values() for n in by_time.values())
 
     def untrained(self, role: str) -> tuple[str, ...]:
-        """Return the levels of a role without any training cell; their embeddings were never trained."""
-        seen = {
+        """Return the levels of a role without any training cell, whose embeddings were neither trained nor fitted."""
+        seen = set(self.extended.get(role, ())) | {
             {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}[role]
             for perturbation, by_donor in self.train_counts.items()
             for donor, by_time in by_donor.items()
@@ -211,12 +213,6 @@ class Registry:
         min_cells
             Contexts with fewer cells take the library sizes of their time point.
         """
-        keys, numbers = np.unique(np.ravel_multi_index(tuple(labels.T), self.vocabulary), return_counts=True)
-        codes = np.stack(np.unravel_index(keys, self.vocabulary), axis=1)
-        counts: dict[str, dict[str, dict[str, int]]] = {}
-        for (donor, timepoint, perturbation), n in zip(codes.tolist(), numbers.tolist(), strict=True):
-            by_donor = counts.setdefault(self.perturbation.levels[perturbation], {})
-            by_donor.setdefault(self.donor.levels[donor], {})[self.timepoint.levels[timepoint]] = n
         size_factors = SizeFactors.fit(
             np.log(library),
             labels[:, 0],
@@ -225,7 +221,52 @@ class Registry:
             timepoints=self.timepoint.levels,
             min_cells=min_cells,
         )
-        return replace(self, size_factors=size_factors, train_counts=counts)
+        return replace(self, size_factors=size_factors, train_counts=self._counts(labels))
+
+    def _counts(self, labels: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
+        keys, numbers = np.unique(np.ravel_multi_index(tuple(labels.T), self.vocabulary), return_counts=True)
+        codes = np.stack(np.unravel_index(keys, self.vocabulary), axis=1)
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for (donor, timepoint, perturbation), n in zip(codes.tolist(), numbers.tolist(), strict=True):
+            by_donor = counts.setdefault(self.perturbation.levels[perturbation], {})
+            by_donor.setdefault(self.donor.levels[donor], {})[self.timepoint.levels[timepoint]] = n
+        return counts
+
+    def with_levels(self, levels: Mapping[str, Sequence[str]]) -> "Registry":
+        """Return a copy with further levels by role, after those known; one that is known keeps its place.
+
+        Raises
+        ------
+        DataError
+            A label is not of the kind of its column.
+        """
+        changed = {}
+        for role, labels in levels.items():
+            old: Attribute = getattr(self, role)
+            changed[role] = replace(old, levels=(*old.levels, *(x for x in labels if x not in old.levels)))
+        extended = {r: (*self.extended.get(r, ()), *levels.get(r, ())) for r in (*self.extended, *levels)}
+        return replace(self, **changed, extended=extended)
+
+    def with_further_cells(self, labels: np.ndarray, library: np.ndarray) -> "Registry":
+        """Return a copy that also knows the cells of further contexts; what it knew of others stays as it is.
+
+        Where the numbers of training cells are not known, as in an imported checkpoint, they stay so.
+
+        Parameters
+        ----------
+        labels, library
+            As for `with_training`.
+        """
+        counts = {p: {d: dict(by_time) for d, by_time in by_donor.items()} for p, by_donor in self.train_counts.items()}
+        for perturbation, by_donor in self._counts(labels).items():
+            for donor, by_time in by_donor.items():
+                counts.setdefault(perturbation, {}).setdefault(donor, {}).update(by_time)
+        known = self.size_factors
+        if known is not None:
+            donor, timepoint = labels[:, 0], labels[:, 1]
+            names = {"donors": self.donor.levels, "timepoints": self.timepoint.levels}
+            known = known.with_contexts(SizeFactors.fit(np.log(library), donor, timepoint, **names))
+        return replace(self, size_factors=known, train_counts=counts if self.train_counts else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values that JSON can hold; labels are keys of their own, never joined."""
@@ -237,6 +278,8 @@ class Registry:
         out |= {name: getattr(self, name) for name in ("gene_id_key", "layer", "size_factor_key")}
         out["size_factors"] = None if self.size_factors is None else self.size_factors.to_dict()
         out["train_counts"] = {p: {d: dict(t) for d, t in donors.items()} for p, donors in self.train_counts.items()}
+        if self.extended:  # models that were not extended stay readable by version 0.1
+            out["extended"] = {role: list(levels) for role, levels in self.extended.items()}
         return out
 
     @classmethod
@@ -256,7 +299,7 @@ class Registry:
 
 def _parse(cls: type[Registry], values: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
-    if set(values) != names:
+    if set(values) | {"extended"} != names:
         raise ValueError(f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
     out = dict(values)
     out["genes"] = _strings(values["genes"], "genes")
@@ -275,6 +318,9 @@ def _parse(cls: type[Registry], values: Mapping[str, Any]) -> dict[str, Any]:
         p: {d: {t: _whole(n) for t, n in times.items()} for d, times in donors.items()}
         for p, donors in values["train_counts"].items()
     }
+    out["extended"] = {role: _strings(levels, "extended") for role, levels in values.get("extended", {}).items()}
+    if not set(out["extended"]) <= set(ROLES):
+        raise ValueError(f"'extended' has unknown roles: {sorted(out['extended'])}")
     return out
 
 

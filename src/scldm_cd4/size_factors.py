@@ -1,7 +1,7 @@
 """Library sizes of the training cells per context, and draws from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -170,6 +170,13 @@ class SizeFactors:
         by_time = {t: LibraryStats.mixture(list(stats.values())) for t, stats in contexts.items()}
         overall = LibraryStats.mixture([s for stats in contexts.values() for s in stats.values()])
         return cls({t: dict(stats) for t, stats in contexts.items()}, by_time, overall)
+
+    def with_contexts(self, other: "SizeFactors") -> "SizeFactors":
+        """Return a copy with the contexts and time points of `other` that are not known yet; nothing else changes."""
+        contexts = {
+            t: other.contexts.get(t, {}) | self.contexts.get(t, {}) for t in {**self.contexts, **other.contexts}
+        }
+        return replace(self, contexts=contexts, timepoints=other.timepoints | self.timepoints)
 
     def lookup(
         self, donor: str | None, timepoint: str | None

@@ -68,15 +68,15 @@ def untold_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64]) -> tuple[
     donor, timepoint, perturbation = cells.labels[rows].T
     context = donor * n_time + timepoint
     ones = np.ones((n_donor * n_time, cells.n_genes))
-    log_context = _log_ratios(vae, cells, rows, context, ones, context).reshape(n_donor, n_time, -1)
+    log_context = log_ratios(vae, cells, rows, context, ones, context).reshape(n_donor, n_time, -1)
     weight = np.bincount(context, minlength=n_donor * n_time).reshape(n_donor, n_time, 1) + 1e-9
     by_donor = (weight * log_context).sum(1) / weight.sum(1)
     by_time = (weight * (log_context - by_donor[:, None])).sum(0) / weight.sum(0)
     factors = np.exp(by_donor[:, None] + by_time[None]).reshape(n_donor * n_time, -1)
-    return by_donor, by_time, _log_ratios(vae, cells, rows, context, factors, perturbation, n_perturbation)
+    return by_donor, by_time, log_ratios(vae, cells, rows, context, factors, perturbation, n_perturbation)
 
 
-def _log_ratios(
+def log_ratios(
     vae: VAE,
     cells: CellData,
     rows: NDArray[np.int64],
@@ -85,7 +85,10 @@ def _log_ratios(
     codes: NDArray[np.int64],
     n: int | None = None,
 ) -> FloatArray:
-    """Return shrunk log ratios of each code (n, G); decoded means are multiplied by the `factors` of their context."""
+    """Return the shrunk log ratios of `untold_effects` for each of n codes (n, G).
+
+    Decoded means are multiplied by the `factors` (contexts, G) of their context; n defaults to the contexts.
+    """
     n = len(factors) if n is None else n
     observed, expected = np.zeros((n, cells.n_genes)), np.zeros((n, cells.n_genes))
     for index in chunks(len(rows), inference_batch_size(cells.n_genes)):

@@ -1,0 +1,329 @@
+"""New donors and time points of a trained model: their embeddings are fitted, everything else stays as it is.
+
+A new level gets a row of its own in the table of label embeddings, before the unconditional row, and one among the
+effects of labels. Both start at the mean of the levels that were trained and leave it as far as the cells given say so.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from scldm_cd4._errors import DataError
+from scldm_cd4._state import State, library_sizes
+from scldm_cd4.conditions import known_label
+from scldm_cd4.config import ROLES
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.labels import as_label, read_labels
+from scldm_cd4.data.setup import require_anndata
+from scldm_cd4.flow import drop_labels, flow_loss, interpolate
+from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.registry import Registry
+from scldm_cd4.train.effects import log_ratios
+from scldm_cd4.train.latents import encode_rows
+from scldm_cd4.train.rng import keyed_generator
+
+EXTENDABLE = ("donor", "timepoint")
+N_STEPS = 300
+BATCH = 128
+"""Draws of cell, noise and time per step."""
+LR = 0.05
+"""Of Adam, in units of the spread of the trained levels."""
+PRIOR_CELLS = 1.0
+"""An embedding as far from the mean as trained levels are costs what `PRIOR_CELLS` / n of the loss of n cells does."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Where the levels of a role lie: mean (D,) and standard deviation (one for all dimensions) of the trained rows."""
+
+    mean: Tensor
+    sd: float
+    n_levels: int
+
+
+def new_levels(registry: Registry, given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the levels to add by role, as the model spells them.
+
+    Raises
+    ------
+    DataError
+        A level has training cells already or was added before, is named twice, the model has no column for the role,
+        or none is named.
+    """
+    out = {}
+    for role, value in given.items():
+        if value is None:
+            continue
+        attribute = getattr(registry, role)
+        labels = [as_label(v) for v in ([value] if isinstance(value, str | bytes) or np.ndim(value) == 0 else value)]
+        if attribute.column is None:
+            raise DataError(f"the model was trained without a {role} column, so it cannot get a new {role}")
+        if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+            raise DataError(f"new {role} levels must be different labels, got {labels}")
+        untrained = registry.untrained(role) if registry.train_counts else ()
+        if known := [label for label in labels if label in attribute.levels and label not in untrained]:
+            raise DataError(
+                f"the model knows the {role} {known[0]!r} already. To fit it to other cells, extend a model that does "
+                "not; to learn from more cells of it, train a new model on all cells"
+            )
+        if labels:
+            out[role] = labels
+    if not out:
+        raise DataError("say what is new: extend(adata, donor=...) or extend(adata, timepoint=...)")
+    return out
+
+
+def unknown_levels(adata: Any, registry: Registry) -> dict[str, list[str]]:
+    """Return the donors and time points of cells that a model was not trained on."""
+    require_anndata(adata)
+    out = {}
+    for role in EXTENDABLE:
+        attribute = getattr(registry, role)
+        if attribute.column is None:
+            continue
+        _, levels = read_labels(adata.obs, attribute.column, f"{role}_key")
+        untrained = registry.untrained(role) if registry.train_counts else ()
+        out[role] = [x for x in levels if x not in attribute.levels or x in untrained]
+    return {role: labels for role, labels in out.items() if labels}
+
+
+def extend(
+    state: State, adata: Any, levels: Mapping[str, list[str]], *, seed: int, n_steps: int | None = None
+) -> tuple[State, CellData | None]:
+    """Return a model that knows further levels, and the cells that it was fitted to; see `CD4Model.extend`."""
+    registry = state.registry.with_levels(levels)
+    cells = None if adata is None else _cells_of(adata, registry, state.registry, levels)
+    for role, labels in levels.items():
+        _warn_without_cells(registry, role, labels, cells, state)
+    new = _grown(state, registry, levels)
+    if cells is not None:
+        rows = np.arange(cells.n_cells)
+        assert cells.labels is not None
+        assert new.vae is not None
+        assert new.dit is not None
+        latents = encode_rows(new.vae, cells, rows)
+        device = next(new.dit.parameters()).device
+        tables = fit_embeddings(
+            new.dit,
+            latents.to(device),
+            torch.from_numpy(cells.labels).to(device),
+            {role: (registry_codes(registry, role, labels), _prior(state, role)) for role, labels in levels.items()},
+            seed=seed,
+            n_steps=N_STEPS if n_steps is None else n_steps,
+        )
+        with torch.no_grad():
+            for role, table in tables.items():
+                new.dit.class_embeddings[role].weight.copy_(table)
+        if new.vae.config.label_rank:
+            fit_label_effects(new.vae, cells, {r: registry_codes(registry, r, labels) for r, labels in levels.items()})
+        new.registry = registry.with_further_cells(cells.labels, library_sizes(cells, rows))
+    facts = {"levels": dict(levels), "n_cells": 0 if cells is None else cells.n_cells, "seed": seed}
+    new.record = state.record | {"extensions": [*state.record.get("extensions", []), facts]}
+    return new, cells
+
+
+def registry_codes(registry: Registry, role: str, labels: Sequence[str]) -> list[int]:
+    """Return the codes of levels of a role."""
+    return [int(code) for code in getattr(registry, role).encode(labels)]
+
+
+def _cells_of(adata: Any, registry: Registry, before: Registry, levels: Mapping[str, list[str]]) -> CellData:
+    """Return the cells that carry a new level, checked and aligned."""
+    require_anndata(adata)
+    chosen = np.zeros(adata.n_obs, dtype=bool)
+    for role, labels in levels.items():
+        column = getattr(registry, role).column
+        codes, names = read_labels(adata.obs, column, f"{role}_key")
+        found = np.isin(np.array(names, dtype=object), labels)
+        if lost := sorted(set(labels) - set(names)):
+            raise DataError(
+                f"obs[{column!r}] has no cell of the {role} {lost[0]!r}. Without cells, extend({role}={lost[0]!r}) "
+                "alone takes the average of the trained levels"
+            )
+        chosen |= found[codes]
+    cells = CellData.from_adata(adata if chosen.all() else adata[chosen], registry)
+    assert cells.labels is not None
+    for position, attribute in enumerate(registry.attributes):
+        for label in attribute.decode(np.unique(cells.labels[:, position])):
+            if label not in levels.get(attribute.role, ()):
+                known_label(before, attribute, label)
+    return cells
+
+
+def _warn_without_cells(
+    registry: Registry, role: str, labels: Sequence[str], cells: CellData | None, state: State
+) -> None:
+    if cells is None:
+        known = _trained_codes(state.registry, role)
+        warnings.warn(
+            f"no cells of the new {role} {', '.join(map(repr, labels))} were given: cells are generated as of the "
+            f"average of {len(known)} trained {role} levels, and nothing of its own is known",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _trained_codes(registry: Registry, role: str) -> list[int]:
+    """Return the codes of levels with trained embeddings; those that were added later are no part of the average."""
+    untrained = set(registry.untrained(role)) if registry.train_counts else set()
+    untrained |= set(registry.extended.get(role, ()))
+    return [code for code, level in enumerate(getattr(registry, role).levels) if level not in untrained]
+
+
+def _prior(state: State, role: str) -> Prior:
+    assert state.dit is not None
+    known = state.dit.class_embeddings[role].weight.detach()[_trained_codes(state.registry, role)]
+    sd = float(known.std(0, unbiased=True).square().mean().sqrt()) if len(known) > 1 else 0.0
+    return Prior(known.mean(0), sd or state.config.flow.label_std, len(known))
+
+
+def _grown(state: State, registry: Registry, levels: Mapping[str, list[str]]) -> State:
+    """Return a copy with rows for the new levels, which hold the mean of the trained ones; the last row stays last."""
+    assert state.vae is not None
+    assert state.dit is not None
+    new = State(state.config, registry, history=dict(state.history))
+    weights = {part: dict(getattr(state, part).state_dict()) for part in ("vae", "dit")}
+    for role, labels in levels.items():
+        names = [("dit", f"class_embeddings.{role}.weight")]
+        names += [("vae", f"label_effects.vectors.{role}.weight")] if state.config.vae.label_rank else []
+        for part, name in names:
+            old = weights[part][name]
+            n_new = len(getattr(registry, role)) - len(getattr(state.registry, role))
+            table = torch.cat([old[:-1], old.new_zeros(n_new, old.shape[1]), old[-1:]])
+            table[registry_codes(registry, role, labels)] = old[_trained_codes(state.registry, role)].mean(0)
+            weights[part][name] = table
+    device = next(state.dit.parameters()).device
+    new.vae, new.dit = new.new_networks()
+    new.vae.load_state_dict(weights["vae"])
+    new.dit.load_state_dict(weights["dit"])
+    new.vae.eval()
+    new.dit.eval()
+    new.to(device)
+    return new
+
+
+def fit_embeddings(
+    dit: DiT,
+    latents: Tensor,
+    labels: Tensor,
+    rows: Mapping[str, tuple[list[int], Prior]],
+    *,
+    seed: int,
+    n_steps: int = N_STEPS,
+) -> dict[str, Tensor]:
+    r"""Fit rows of the label embeddings to cells, all else frozen.
+
+    Minimises the flow-matching loss relative to its start, L(e) / L(mean), plus
+    :math:`\sum_r \frac{k}{n_r} \frac{\|e_r - m\|^2}{D s^2}` with m and s the mean and standard deviation of the trained
+    rows, D their width, n_r the cells of row r and k = `PRIOR_CELLS`: a normal prior on the row, whose weight falls
+    with the number of cells.
+
+    Parameters
+    ----------
+    dit
+        The network; not changed.
+    latents, labels
+        Of the cells, (n, S, L) and (n, 3).
+    rows
+        Codes to fit by role, with the prior.
+    seed
+        Of cells, noise and times.
+    n_steps
+        Steps; the result is the mean over their last third.
+
+    Returns
+    -------
+    The whole table of each role, fitted rows in place.
+    """
+    device, n = latents.device, len(latents)
+    generator = keyed_generator(seed, 40)
+    names = {role: f"class_embeddings.{role}.weight" for role in rows}
+    tables = {role: dit.class_embeddings[role].weight.detach() for role in rows}
+    steps = {role: torch.zeros(len(codes), tables[role].shape[1], device=device) for role, (codes, _) in rows.items()}
+    numbers = {
+        role: torch.stack([(labels[:, ROLES.index(role)] == code).sum() for code in codes])
+        for role, (codes, _) in rows.items()
+    }
+    for step in steps.values():
+        step.requires_grad_(True)
+
+    def filled() -> dict[str, Tensor]:
+        return {
+            names[role]: tables[role].index_copy(
+                0, torch.tensor(codes, device=device), prior.mean + prior.sd * steps[role]
+            )
+            for role, (codes, prior) in rows.items()
+        }
+
+    def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = torch.randperm(n, generator=generator)[torch.arange(BATCH) % n].to(device)
+        t = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
+        x0 = torch.randn((BATCH, *latents.shape[1:]), generator=generator).to(device)
+        chosen, strategy = labels[index], dit.config.label_dropout
+        if strategy != "joint":  # where all labels are dropped together, nothing of a row is learned
+            chosen = drop_labels(chosen, dit.unconditional, strategy=strategy, p=dit.config.p_drop, generator=generator)
+        x_t, u = interpolate(x0, latents[index], t.to(device))
+        return x_t, t.to(device), chosen, u
+
+    frozen = {k: v.detach() for k, v in dit.state_dict().items()}
+    with torch.no_grad():
+        losses = [flow_loss(dit(x_t, t, chosen), u).mean() for x_t, t, chosen, u in (draw() for _ in range(8))]
+        scale = torch.stack(losses).mean().clamp(min=1e-12)
+    optimiser = torch.optim.Adam(list(steps.values()), lr=LR, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(n_steps, 1), eta_min=0.1 * LR)
+    mean = {role: torch.zeros_like(step) for role, step in steps.items()}
+    n_averaged = max(1, n_steps // 3)
+    for i in range(n_steps):
+        x_t, t, chosen, u = draw()
+        loss = flow_loss(functional_call(dit, frozen | filled(), (x_t, t, chosen)), u).mean() / scale
+        for role, step in steps.items():
+            loss = loss + (PRIOR_CELLS / numbers[role].clamp(min=1) * step.square().mean(1)).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if i >= n_steps - n_averaged:
+            for role, step in steps.items():
+                mean[role] += step.detach() / n_averaged
+    steps = mean
+    return {role: filled()[name] for role, name in names.items()}
+
+
+def fit_label_effects(vae: VAE, cells: CellData, rows: Mapping[str, Sequence[int]]) -> None:
+    """Write what the latents leave untold of new levels into the effects of labels, in closed form.
+
+    The shrunk log ratio of observed over decoded counts (`train.effects`), with the effects of all labels in the
+    decoded ones, is projected onto the loadings that the model has and added to the row, role by role.
+
+    Parameters
+    ----------
+    vae
+        Changed in place, in the rows given alone, which hold their prior.
+    cells
+        Cells with labels.
+    rows
+        Codes by role.
+    """
+    assert cells.labels is not None
+    effects = vae.label_effects
+    loadings = effects.loadings.weight[1:].detach().double().cpu().numpy()  # (G, R)
+    for role, codes in rows.items():
+        position, table = ROLES.index(role), effects.vectors[role].weight
+        for code in codes:
+            index = np.flatnonzero(cells.labels[:, position] == code)
+            if not len(index):
+                continue
+            with torch.no_grad():
+                conditions, inverse = np.unique(cells.labels[index], axis=0, return_inverse=True)
+                genes = torch.arange(1, vae.n_genes + 1, device=table.device)[None]
+                known = effects(torch.from_numpy(conditions).to(table.device), genes)
+                factors = known.double().exp().cpu().numpy()
+                ratio = log_ratios(vae, cells, index, inverse.ravel(), factors, np.zeros(len(index), dtype=int), 1)[0]
+                vector = np.linalg.lstsq(loadings, ratio, rcond=1e-6)[0]
+                table[code] += torch.from_numpy(vector).to(table)
