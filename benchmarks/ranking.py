@@ -71,10 +71,8 @@ def simulate(options: argparse.Namespace, seed: int) -> tuple[Any, list[dict[str
 
 def train(adata: Any, held: list[dict[str, str]], options: argparse.Namespace, seed: int) -> CD4Model:
     """Train without the held-out conditions."""
-    kept = (
-        options.models / f"{options.preset}_{options.perturbations}_{options.cells}_{seed}" if options.models else None
-    )
-    return _fitted(adata, options.preset, kept, seed, {"conditions": held})
+    name = f"{options.preset}_{options.perturbations}_{options.cells}_{seed}"
+    return _fitted(adata, options, name, seed, {"conditions": held})
 
 
 def _fitted(adata: Any, options: argparse.Namespace, name: str, seed: int, split: Any) -> CD4Model:
