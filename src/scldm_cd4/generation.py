@@ -18,9 +18,6 @@ from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.noise import stream
 from scldm_cd4.output import (
     UNITS,
-    FileSink,
-    MemorySink,
-    collect,
     describe_cells,
     describe_counterfactuals,
     describe_genes,
@@ -37,6 +34,7 @@ from scldm_cd4.sampling import (
     resolve_library,
     role_columns,
 )
+from scldm_cd4.sinks import MemorySink, collect, file_sink
 from scldm_cd4.train.latents import encode_rows
 
 
@@ -64,10 +62,10 @@ def generate_cells(
 ) -> Any:
     """Draw the cells of requests; see `scldm_cd4.CD4Model.generate`."""
     registry = trained.registry
-    positions = _positions(registry, sampling, genes)
+    positions = gene_choice(registry, sampling, genes)
     library = resolve_library(registry, requests, size_factors)
     sampler = Sampler(trained.vae, trained.dit, registry, sampling)
-    sink = MemorySink() if out is None else FileSink(out, overwrite=overwrite)
+    sink = MemorySink() if out is None else file_sink(out, overwrite=overwrite)
     try:
         with closing(draw(sampler, requests, library, workers)) as drawn:
             sizes = collect(drawn, sink, positions)
@@ -96,7 +94,7 @@ def counterfactual_cells(
     Counts are drawn anew, with random numbers keyed by the name of the cell: two counterfactuals of a cell share them.
     """
     registry = trained.registry
-    positions = _positions(registry, sampling, genes)
+    positions = gene_choice(registry, sampling, genes)
     source, target = _relabel(registry, cells, labels)
     given = None if size_factors is None else given_library(size_factors, cells.n_cells)
     sampler = Sampler(trained.vae, trained.dit, registry, sampling)
@@ -117,7 +115,7 @@ def counterfactual_cells(
             uniforms = np.stack([s.random(registry.n_genes) for s in streams])
         return Drawn(sampler.express(latent, target[rows], library, uniforms), library)
 
-    sink = MemorySink() if out is None else FileSink(out, overwrite=overwrite)
+    sink = MemorySink() if out is None else file_sink(out, overwrite=overwrite)
     chunks = (
         np.arange(i, min(i + sampling.batch_size, cells.n_cells)) for i in range(0, cells.n_cells, sampling.batch_size)
     )
@@ -158,7 +156,8 @@ def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[
     return {"scldm_cd4": facts}
 
 
-def _positions(registry: Registry, sampling: Sampling, genes: Any) -> NDArray[np.int64] | None:
+def gene_choice(registry: Registry, sampling: Sampling, genes: Any) -> NDArray[np.int64] | None:
+    """Return the positions of the genes that are asked for, or None for all."""
     if sampling.output == "latent" and genes is not None:
         raise DataError("genes= has no meaning for output='latent'")
     return gene_positions(registry, genes)

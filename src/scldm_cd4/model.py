@@ -17,12 +17,14 @@ from scldm_cd4.config import ModelConfig, resolve_config
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.data.splits import make_split
+from scldm_cd4.distributed import generate_divided
 from scldm_cd4.evaluation import evaluate
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
 from scldm_cd4.query import QueryMethods
 from scldm_cd4.ranking import rank_perturbations
 from scldm_cd4.sampling import used_roles
+from scldm_cd4.sinks import open_written
 
 
 class CD4Model(ModelBase, QueryMethods):
@@ -290,6 +292,7 @@ class CD4Model(ModelBase, QueryMethods):
         batch_size: int | None = None,
         out: str | Path | None = None,
         overwrite: bool = False,
+        engine: Any = None,
     ) -> Any:
         """Generate cells of conditions, or given cells under other conditions.
 
@@ -325,9 +328,13 @@ class CD4Model(ModelBase, QueryMethods):
         batch_size
             Cells per network pass, rounded up to a multiple of 64.
         out
-            An h5ad file to write to as cells come; it is returned backed.
+            An h5ad file or a zarr store to write to as cells come; its ``X`` stays on disk.
         overwrite
             Replace that file.
+        engine
+            ``"ray"`` or ``"units"`` (the processes of torchrun or SLURM) divide the cells into units of work, see
+            `scldm_cd4.engines`. The same call goes on with a run that was killed. None is returned while units of other
+            processes are missing.
 
         Returns
         -------
@@ -345,25 +352,22 @@ class CD4Model(ModelBase, QueryMethods):
         FileExistsError
             `out` exists.
         """
-        trained = self._trained()
-        sampling = self._sampling(
-            seed=seed,
-            output=output,
-            guidance=guidance,
-            solver=solver,
-            n_steps=n_steps,
-            precision=precision,
-            batch_size=batch_size,
-        )
-        used = used_roles(trained.dit, guidance)
+        how = {"output": output, "solver": solver, "n_steps": n_steps, "precision": precision, "batch_size": batch_size}
         options = {"size_factors": size_factors, "genes": genes, "out": out, "overwrite": overwrite}
-        options["workers"] = settings.num_workers
         labels = {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}
+        if cells is not None and not (conditions is n_cells is engine is None):
+            raise DataError("cells= gives one cell for each: leave out n_cells=, conditions= and engine=")
+        if engine is not None:
+            asked = {"n_cells": n_cells, "conditions": conditions, "seed": seed, "guidance": guidance}
+            path = generate_divided(self, engine, labels, sampling=how, **asked, **options)
+            return None if path is None else open_written(path)
+        trained = self._trained()
+        sampling = self._sampling(seed=seed, guidance=guidance, **how)
+        options["workers"] = settings.num_workers
         if cells is not None:
-            if conditions is not None or n_cells is not None:
-                raise DataError("cells= gives one cell for each: leave out n_cells= and conditions=")
             given = CellData.from_adata(cells, self._state.registry)
             return counterfactual_cells(trained, sampling, given, labels, **options)
+        used = used_roles(trained.dit, guidance)
         requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)
         return generate_cells(trained, sampling, requests, **options)
 

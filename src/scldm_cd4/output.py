@@ -1,20 +1,17 @@
-"""Generated cells as AnnData, in memory or written to disk as they come."""
+"""How generated cells are described: labels, evidence, genes."""
 
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import sparse
 
-from scldm_cd4._errors import DataError, GeneMismatchError
+from scldm_cd4._errors import GeneMismatchError
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
 from scldm_cd4.registry import Registry, suggestion
-from scldm_cd4.sampling import Drawn, role_columns
+from scldm_cd4.sampling import role_columns
 
 UNCONDITIONAL = "unconditional"
 """The label in ``obs`` of an attribute that played no part."""
@@ -160,124 +157,3 @@ def _name(registry: Registry, labels: tuple[str | None, ...]) -> str:
         if role in columns
     ]
     return ":".join(reversed(shown))
-
-
-class MemorySink:
-    """Collects cells in memory."""
-
-    def __init__(self) -> None:
-        self.blocks: list[Any] = []
-
-    def append(self, block: Any) -> None:
-        """Add the next cells."""
-        self.blocks.append(block)
-
-    def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> Any:
-        """Return the AnnData."""
-        import anndata as ad
-
-        joined = sparse.vstack(self.blocks, format="csr") if sparse.issparse(self.blocks[0]) else None
-        return ad.AnnData(np.concatenate(self.blocks) if joined is None else joined, obs=obs, var=var, uns=uns)
-
-    def abort(self) -> None:
-        """Forget everything."""
-        self.blocks = []
-
-
-class FileSink:
-    """Writes cells to an h5ad file as they come; the file appears when it is complete.
-
-    Parameters
-    ----------
-    path
-        The file. Missing folders are made.
-    overwrite
-        Replace a file that is there.
-
-    Raises
-    ------
-    FileExistsError
-        There is something at `path`, and it may not be replaced.
-    DataError
-        The place cannot be written, or the name does not end in ``.h5ad``.
-    """
-
-    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
-        import h5py
-
-        self.path = Path(path).expanduser().resolve()
-        if self.path.suffix != ".h5ad":
-            raise DataError(f"out= takes the name of an .h5ad file, got {str(path)!r}")
-        if self.path.is_dir() or (self.path.exists() and not overwrite):
-            raise FileExistsError(f"there is something at {self.path}; pass overwrite=True to replace a file")
-        self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = h5py.File(self.part, "w")
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be written: {error}") from error
-        self.n = 0
-
-    def append(self, block: Any) -> None:
-        """Write the next cells."""
-        if sparse.issparse(block):
-            self._append_csr(sparse.csr_matrix(block))
-        else:
-            self._extend("X", np.asarray(block), {"encoding-type": "array", "encoding-version": "0.2.0"})
-        self.n += block.shape[0]
-
-    def _append_csr(self, block: sparse.csr_matrix) -> None:
-        if "X" not in self.file:
-            group = self.file.create_group("X")
-            group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-            self._extend("X/indptr", np.zeros(1, dtype=np.int64))
-        start = int(self.file["X/indptr"][-1])
-        self._extend("X/data", block.data.astype(np.float32))
-        self._extend("X/indices", block.indices.astype(np.int32))
-        self._extend("X/indptr", start + block.indptr[1:].astype(np.int64))
-        self.file["X"].attrs["shape"] = np.array([self.n + block.shape[0], block.shape[1]])
-
-    def _extend(self, name: str, values: NDArray[Any], attrs: dict[str, str] | None = None) -> None:
-        if name not in self.file:
-            row = max(1, int(np.prod(values.shape[1:])))
-            chunks = (max(1, 65536 // row), *values.shape[1:])
-            data = self.file.create_dataset(
-                name, data=values, maxshape=(None, *values.shape[1:]), chunks=chunks, dtype=values.dtype
-            )
-            data.attrs.update(attrs or {})
-            return
-        data = self.file[name]
-        size = data.shape[0]
-        data.resize(size + len(values), axis=0)
-        data[size:] = values
-
-    def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> Any:
-        """Complete the file, move it into place and return it as a backed AnnData."""
-        import anndata as ad
-
-        self.file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for name, value in (("obs", obs), ("var", var), ("uns", uns)):
-            ad.io.write_elem(self.file, name, value)
-        for name in ("layers", "obsm", "obsp", "varm", "varp"):
-            ad.io.write_elem(self.file, name, {})
-        self.file.close()
-        with self.part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        self.part.replace(self.path)
-        return ad.read_h5ad(self.path, backed="r")
-
-    def abort(self) -> None:
-        """Close and delete the unfinished file."""
-        self.file.close()
-        self.part.unlink(missing_ok=True)
-
-
-def collect(
-    drawn: Iterable[Drawn], sink: MemorySink | FileSink, genes: NDArray[np.int64] | None
-) -> NDArray[np.float64]:
-    """Hand all cells to a sink, some genes or all (None); return their library sizes (n,)."""
-    libraries = []
-    for part in drawn:
-        sink.append(part.values if genes is None else part.values[:, genes])
-        libraries.append(part.library)
-    return np.concatenate(libraries)

@@ -322,7 +322,7 @@ def test_file_is_never_overwritten_unasked(trained: Any, tmp_path: Path) -> None
 
 
 def test_a_failure_leaves_no_file(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scldm_cd4.output import FileSink
+    from scldm_cd4.sinks import FileSink
 
     def fail(self: Any, *args: Any) -> Any:
         raise KeyboardInterrupt
