@@ -23,7 +23,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
 nitpicky = True
 
 # Links into other projects need their inventories from the network, so only Read the Docs makes them. Names of this
@@ -42,8 +43,8 @@ if os.environ.get("READTHEDOCS"):
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"show-inheritance": False}
 napoleon_google_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Returns", "Yields"]  # prose, not a list of types: the types are in the signature
 default_role = "own"
 

@@ -1,0 +1,44 @@
+"""What the tutorials share: simulated cells, and one model trained on them.
+
+The first tutorial that runs trains the model, which takes some minutes on two cores; the others load it. It lies in the
+build folder of the documentation, outside the repository. Delete that folder to train again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4 import CD4Model, datasets
+
+FOLDER = Path(__file__).resolve().parents[1] / "_build" / "tutorials"
+KEYS = {"perturbation_key": "perturbation", "donor_key": "donor_id", "timepoint_key": "timepoint", "control": "NTC"}
+HELD_OUT = [
+    ("GATA3", "CE0008162", "Stim8hr"),
+    ("IFNGR1", "CE0008162", "Stim8hr"),
+    ("STAT6", "CE0010866", "Stim48hr"),
+    ("TBX21", "CE0008678", "Stim48hr"),
+]
+"""Whole conditions that the model never saw; their perturbations and contexts were seen, but not together."""
+
+
+def simulated_cells() -> Any:
+    """Simulate raw counts of 4 donors, 2 time points and 16 knock-downs, with a column ``split``."""
+    adata = datasets.synthetic_cd4(6000, 250, n_perturbations=16, seed=0)
+    adata = adata[adata.obs["timepoint"] != "Rest"].copy()
+    adata.obs["timepoint"] = adata.obs["timepoint"].cat.remove_unused_categories()
+    condition = list(zip(adata.obs["perturbation"], adata.obs["donor_id"], adata.obs["timepoint"], strict=True))
+    split = np.random.default_rng(0).choice(["train", "validation", "test"], adata.n_obs, p=[0.75, 0.1, 0.15])
+    split[[c in HELD_OUT for c in condition]] = "test"
+    adata.obs["split"] = split
+    return adata
+
+
+def trained_model(adata: Any) -> Any:
+    """Return the model of the tutorials, trained now if it has not been."""
+    CD4Model.setup_anndata(adata, **KEYS)
+    if not FOLDER.exists():
+        model = CD4Model(adata, config="small")
+        model.train(split="split", max_epochs={"vae": 8, "flow": 16}, seed=0)
+        model.save(FOLDER)
+    return CD4Model.load(FOLDER, adata)
