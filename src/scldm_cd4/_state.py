@@ -20,6 +20,7 @@ from scldm_cd4.checkpoint.pretrained import Pretrained
 from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
+from scldm_cd4.familiarity import Familiarity
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.registry import Registry
 from scldm_cd4.train.rng import isolated_rng
@@ -41,6 +42,8 @@ class State:
     history: dict[str, pd.DataFrame] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     """Plain facts on the training: seed, seconds, cells, notes."""
+    familiarity: Familiarity | None = None
+    """Training cells to set query cells against; None in imported and early models."""
 
     def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> "TrainResult":
         """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
@@ -69,6 +72,8 @@ class State:
             self.dit = None
         self.vae, self.registry = vae.eval(), registry
         self.dit = result.dit.eval() if result.dit is not None else self.dit
+        if stage in ("both", "vae"):
+            self.familiarity = Familiarity.fit(self.vae, cells, split, seed)
         self.history |= result.history
         self._remember(result, split, stage)
         return result
@@ -126,7 +131,7 @@ class State:
         history = {name: {"epoch": list(t.index), **t.to_dict("list")} for name, t in self.history.items()}
         return save_folder(
             path,
-            tensors=self.tensors(),
+            tensors=self.tensors() | self._kept(),
             config={"model": self.config.to_dict(), "parts": [p for p in PARTS if getattr(self, p) is not None]},
             registry=self.registry.to_dict(),
             history={"epochs": history, "training": self.record},
@@ -135,6 +140,10 @@ class State:
             ),
             overwrite=overwrite,
         )
+
+    def _kept(self) -> dict[str, Tensor]:
+        kept = {} if self.familiarity is None else self.familiarity.tensors()
+        return {f"familiarity.{name}": value for name, value in kept.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
@@ -163,6 +172,11 @@ class State:
                 setattr(state, part, _fill(networks[part], own))
             except RuntimeError as error:
                 raise CheckpointError(f"the weights of {path} do not fit its configuration: {error}") from error
+        if kept := {
+            k.removeprefix("familiarity."): v for k, v in saved.tensors.items() if k.startswith("familiarity.")
+        }:
+            vae = state.config.vae
+            state.familiarity = Familiarity.from_tensors(kept, vae.latent_tokens * vae.n_channels)
         return state
 
     @classmethod

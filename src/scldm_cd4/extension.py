@@ -21,6 +21,7 @@ from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import as_label, read_labels
 from scldm_cd4.data.setup import require_anndata
+from scldm_cd4.familiarity import warn_of_far_cells
 from scldm_cd4.flow import drop_labels, flow_loss, interpolate
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.registry import Registry
@@ -107,6 +108,7 @@ def extend(
         assert cells.labels is not None
         assert new.vae is not None
         assert new.dit is not None
+        warn_of_far_cells(state.familiarity, new.vae, cells, stacklevel=4)
         latents = encode_rows(new.vae, cells, rows)
         device = next(new.dit.parameters()).device
         tables = fit_embeddings(
@@ -187,7 +189,7 @@ def _grown(state: State, registry: Registry, levels: Mapping[str, list[str]]) ->
     """Return a copy with rows for the new levels, which hold the mean of the trained ones; the last row stays last."""
     assert state.vae is not None
     assert state.dit is not None
-    new = State(state.config, registry, history=dict(state.history))
+    new = State(state.config, registry, history=dict(state.history), familiarity=state.familiarity)
     weights = {part: dict(getattr(state, part).state_dict()) for part in ("vae", "dit")}
     for role, labels in levels.items():
         names = [("dit", f"class_embeddings.{role}.weight")]

@@ -19,6 +19,7 @@ from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.data.splits import make_split
 from scldm_cd4.distributed import generate_divided
 from scldm_cd4.evaluation import evaluate
+from scldm_cd4.familiarity import warn_of_far_cells
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
 from scldm_cd4.query import QueryMethods
@@ -215,7 +216,30 @@ class CD4Model(ModelBase, QueryMethods):
         return_dist: bool = False,
         **options: Any,
     ) -> np.ndarray:
-        """Embed cells; `get_latent` with the keywords of scvi-tools (`mc_samples` has no effect)."""
+        """Embed cells; `get_latent` with the keywords of scvi-tools.
+
+        Parameters
+        ----------
+        adata, indices, give_mean, batch_size
+            As for `get_latent`.
+        mc_samples
+            Has no effect: the latent is not random.
+        return_dist
+            Only False is possible.
+        options
+            Other keywords of `get_latent`.
+
+        Returns
+        -------
+        float32 array, (n, tokens x channels).
+
+        Raises
+        ------
+        DataError
+            ``return_dist=True``, or the cells cannot be used.
+        NotTrainedError
+            The autoencoder is not trained.
+        """
         if return_dist:
             raise DataError("return_dist=True is not supported: the latent of a cell is a point")
         return self.get_latent(adata, indices=indices, give_mean=give_mean, batch_size=batch_size, **options)
@@ -247,6 +271,13 @@ class CD4Model(ModelBase, QueryMethods):
         Returns
         -------
         Cells x genes, float32.
+
+        Raises
+        ------
+        NotTrainedError
+            The autoencoder is not trained.
+        DataError, GeneMismatchError
+            The cells or genes cannot be used.
         """
         vae = self._vae()
         cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
@@ -264,9 +295,21 @@ class CD4Model(ModelBase, QueryMethods):
     ) -> np.ndarray:
         """Give the negative log-likelihood of cells, each decoded from its own latent.
 
+        Parameters
+        ----------
+        adata, indices, batch_size, allow_missing
+            As for `get_latent`.
+
         Returns
         -------
         Nats per cell, summed over genes, float64 (n,).
+
+        Raises
+        ------
+        NotTrainedError
+            The autoencoder is not trained.
+        DataError, GeneMismatchError
+            The cells cannot be used.
         """
         vae = self._vae()
         cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
@@ -366,11 +409,29 @@ class CD4Model(ModelBase, QueryMethods):
         options["workers"] = settings.num_workers
         if cells is not None:
             given = CellData.from_adata(cells, self._state.registry)
+            warn_of_far_cells(self._state.familiarity, trained.vae, given, stacklevel=3)
             return counterfactual_cells(trained, sampling, given, labels, **options)
         used = used_roles(trained.dit, guidance)
         requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)
         return generate_cells(trained, sampling, requests, **options)
 
     def predict(self, conditions: pd.DataFrame, **options: Any) -> Any:
-        """Generate cells of a table of conditions; `generate` with ``conditions=``."""
+        """Generate cells of a table of conditions; `generate` with ``conditions=``.
+
+        Parameters
+        ----------
+        conditions
+            One condition per row: the user's columns, and optionally ``n_cells``.
+        options
+            Other keywords of `generate`.
+
+        Returns
+        -------
+        AnnData, as of `generate`.
+
+        Raises
+        ------
+        NotTrainedError, UnknownCategoryError, DataError
+            As for `generate`.
+        """
         return self.generate(conditions=conditions, **options)

@@ -3,9 +3,17 @@
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import pandas as pd
+
 from scldm_cd4._base import resolve_seed
 from scldm_cd4._errors import DataError
 from scldm_cd4._state import State
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.splits import Split
+from scldm_cd4.embedding import as_rows
+from scldm_cd4.familiarity import Familiarity
+from scldm_cd4.nn import VAE
 
 
 class QueryMethods:
@@ -21,6 +29,15 @@ class QueryMethods:
     def _trained(self) -> Any:
         raise NotImplementedError
 
+    def _vae(self) -> VAE:
+        raise NotImplementedError
+
+    def _adata(self, adata: Any) -> Any:
+        raise NotImplementedError
+
+    def _cells(self, adata: Any, *, decoded: bool = False, allow_missing: bool = False) -> CellData:
+        raise NotImplementedError
+
     @classmethod
     def load(cls, dir_path: str | Path, adata: Any = None, *, device: Any = None) -> Self:
         """Read a model from a folder."""
@@ -30,9 +47,9 @@ class QueryMethods:
         """Give a model that also knows a new donor or time point, fitted to a few cells of it.
 
         Only what belongs to the new level is fitted: its label embedding in the flow, its effects in the decoder (in
-        closed form), and the library sizes of its contexts. All other weights and numbers stay as they are to the bit, so do
-        do generated cells of all other conditions. The fewer the cells, the nearer the new level stays to the average
-        of those that were trained.
+        closed form), and the library sizes of its contexts. All other weights and numbers stay as they are to the
+        bit, and so do generated cells of all other conditions. The fewer the cells, the nearer the new level stays to
+        the average of those that were trained.
 
         Parameters
         ----------
@@ -114,3 +131,49 @@ class QueryMethods:
         same = cls.__new__(cls)
         same._start(model._state, adata, model.device)
         return same
+
+    def query_distance(
+        self, adata: Any = None, *, indices: Any = None, reference: Any = None, allow_missing: bool = False
+    ) -> pd.DataFrame:
+        """Say how near cells lie to the training cells, beside held-out cells of the same data.
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts; labels play no part. None takes those that the model was built with.
+        indices
+            Row numbers, cell names or a mask; None takes all.
+        reference
+            Cells to take in place of the training cells, for a model that does not know its own: an imported one, or
+            one of an early version. A fifth of them plays the held-out ones.
+        allow_missing
+            As for `get_latent`.
+
+        Returns
+        -------
+        One row per cell: ``latent_distance``, the mean distance in the latent to the ten nearest of up to 2,000
+        training cells; ``nll``, the negative log-likelihood of its counts (nats); ``latent_percentile`` and
+        ``nll_percentile``, the percentage of held-out cells with a smaller one (of ``nll`` after a fit on library
+        size); ``is_far``, beyond the 99th percentile in either, as 1 to 2 % of cells like the training cells are.
+        ``attrs`` says how many held-out cells there were.
+
+        Raises
+        ------
+        NotTrainedError
+            The autoencoder is not trained.
+        DataError, GeneMismatchError
+            The model knows no training cells and there is no `reference`, or cells cannot be used.
+        """
+        vae = self._vae()
+        known = self._state.familiarity
+        if reference is not None:
+            given = self._cells(reference)
+            order = np.arange(given.n_cells)
+            known = Familiarity.fit(vae, given, Split(order, order[:0], order[:0], {}), seed=0)
+        if known is None:
+            raise DataError(
+                "this model knows no latents of its training cells (it was imported, or saved by an early version): "
+                "pass reference= with cells like those it was trained on"
+            )
+        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
+        return known.compare(vae, cells, as_rows(indices, cells))
