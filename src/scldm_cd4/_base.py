@@ -93,7 +93,24 @@ class ModelBase(Storage):
         return None if self._split is None else self._split.test
 
     def to_device(self, device: Any) -> None:
-        """Move the model, for example to ``"cuda:0"``, ``"cpu"`` or ``"auto"``."""
+        """Move the model to a device.
+
+        Parameters
+        ----------
+        device
+            For example ``"cuda:0"``, ``"cpu"`` or ``"auto"``.
+
+        Raises
+        ------
+        DataError
+            There is no such device.
+
+        Examples
+        --------
+        >>> model.to_device("cpu")
+        >>> model.device
+        device(type='cpu')
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -108,7 +125,17 @@ class ModelBase(Storage):
         return self._device
 
     def view_anndata_setup(self) -> pd.DataFrame:
-        """Return what was declared, as a table."""
+        """Return what was declared, as a table.
+
+        Returns
+        -------
+        One row per attribute, genes, counts and control: ``key``, ``levels`` (their number), ``first`` (some of them).
+
+        Examples
+        --------
+        >>> model.view_anndata_setup().loc["perturbation", "key"]
+        'perturbation'
+        """
         registry = self._state.registry
         rows = [(a.role, a.column or "", len(a), ", ".join(a.levels[:5])) for a in registry.attributes]
         rows.append(("genes", registry.gene_id_key or "var_names", registry.n_genes, ", ".join(registry.genes[:5])))

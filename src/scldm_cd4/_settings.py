@@ -25,7 +25,6 @@ class Settings:
 
     Examples
     --------
-    >>> from scldm_cd4 import settings
     >>> with settings.override(seed=0, progress=False):
     ...     settings.seed
     0

@@ -49,6 +49,12 @@ class Storage:
             There is something at the path, and it may not be replaced.
         CheckpointError
             The folder cannot be written.
+
+        Examples
+        --------
+        >>> model.save("my_model")
+        >>> CD4Model.load("my_model").is_trained
+        True
         """
         self._require("vae")
         self._state.save(dir_path, overwrite=overwrite, scores=scores)
@@ -76,6 +82,12 @@ class Storage:
             The folder is missing, damaged, or of an unknown format.
         DataError
             `dir_path` is no path, or `adata` is no AnnData.
+
+        Examples
+        --------
+        >>> model = CD4Model.load(saved)  # generates without cells
+        >>> model.generate(perturbation="GATA3", donor="CE0008162", timepoint="Rest", n_cells=2, seed=0).n_obs
+        2
         """
         if not isinstance(dir_path, str | os.PathLike):
             raise DataError(
@@ -144,11 +156,21 @@ class Storage:
         device
             ``auto``, ``cpu``, ``cuda:0`` and the like.
 
+        Returns
+        -------
+        A new model.
+
         Raises
         ------
         CheckpointError
             There is no such model, or it is damaged, incomplete, or does not fit what was given; all that does not fit
             is named.
+
+        Examples
+        --------
+        >>> model = CD4Model.from_pretrained(saved)
+        >>> model.is_trained
+        True
         """
         folder = find_model(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
@@ -177,6 +199,13 @@ class Storage:
         ``registry.json`` beside them holds what that layout lacks, and `from_pretrained` reads it again. The model has
         one copy of the flow's weights, which is written for the online and the averaged ones alike.
 
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        overwrite
+            Replace what is there.
+
         Raises
         ------
         NotTrainedError
@@ -186,6 +215,12 @@ class Storage:
             the folder cannot be written.
         FileExistsError
             There is something at the path, and it may not be replaced.
+
+        Examples
+        --------
+        >>> plain.export_reference("reference_layout")
+        >>> CD4Model.from_pretrained("reference_layout").is_trained
+        True
         """
         self._require("vae")
         self._state.export(dir_path, overwrite=overwrite)
@@ -228,6 +263,10 @@ class Storage:
             Nothing is trained yet.
         CheckpointError
             The hub cannot be reached or refuses.
+
+        Examples
+        --------
+        >>> model.push_to_hub("org/name", private=True)  # doctest: +SKIP
         """
         self._require("vae")
         with TemporaryDirectory() as folder:
@@ -237,5 +276,25 @@ class Storage:
 
     @staticmethod
     def load_registry(dir_path: str | Path) -> dict[str, Any]:
-        """Return genes, vocabularies and training evidence of a saved model as plain values."""
+        """Return genes, vocabularies and training evidence of a saved model as plain values.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+
+        Returns
+        -------
+        Plain dict, as of the property `registry`.
+
+        Raises
+        ------
+        CheckpointError
+            The folder is missing, damaged, or of an unknown format.
+
+        Examples
+        --------
+        >>> CD4Model.load_registry(saved)["control"]
+        'NTC'
+        """
         return load_folder(dir_path).registry

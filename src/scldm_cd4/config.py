@@ -19,6 +19,11 @@ class VAEConfig:
     """The autoencoder between counts and latent tokens.
 
     The defaults are the architecture choices of the released model; its sizes are in the preset ``cd4``.
+
+    Examples
+    --------
+    >>> config.VAEConfig(n_tokens=32).latent_tokens
+    32
     """
 
     width: int = 256
@@ -30,16 +35,23 @@ class VAEConfig:
     n_layers: int = 8
     """Self-attention blocks, in the encoder and in the decoder each."""
     n_heads: int = 4
+    """Attention heads."""
     n_cross_heads: int = 4
+    """Heads of the attention between genes and latent tokens."""
     multiple_of: int = 4
     """The hidden width of the gated MLPs is rounded up to a multiple of this."""
     bias: bool = False
+    """Biases in attention and projections."""
     dropout: float = 0.0
+    """Share of values dropped after attention, in training."""
     norm_eps: float = 1e-8
+    """Added to the variance in normalisation."""
     aggregation: Aggregation = "softbin"
     """How a gene's vector and its count make a token."""
     n_bins: int = 10
+    """Learned vectors that ``softbin`` mixes."""
     bin_hidden: int = 64
+    """Hidden width of the network that weighs them."""
     log_counts: bool = False
     """``softbin`` sees ln(1 + count) instead of the raw count."""
     projection: Literal["mlp", "cross_attention"] = "mlp"
@@ -49,7 +61,9 @@ class VAEConfig:
     shared_embedding: bool = True
     """The decoder queries with the gene vectors of the input layer."""
     head: Head = "nb"
+    """Distribution of the counts: ``nb`` (released), ``decoupled`` (without the softmax over genes) or ``poisson``."""
     theta: Literal["gene", "cell_gene"] = "gene"
+    """One dispersion per gene, or one per cell and gene."""
     gene_bias: bool = False
     """A bias per gene in the decoupled head."""
     mask_padding: bool = False
@@ -72,42 +86,72 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The diffusion transformer that gives velocities in the latent space."""
+    """The diffusion transformer that gives velocities in the latent space.
+
+    Examples
+    --------
+    >>> config.FlowConfig(label_dropout="independent").p_drop
+    0.1
+    """
 
     width: int = 512
+    """Width D of every token."""
     n_layers: int = 8
+    """Blocks."""
     n_heads: int = 8
+    """Attention heads."""
     multiple_of: int = 4
+    """The hidden width of the gated MLPs is rounded up to a multiple of this."""
     bias: bool = False
+    """Biases in attention and projections."""
     norm_eps: float = 1e-8
+    """Added to the variance in normalisation."""
     label_dropout: Dropout = "joint"
     """Which labels are dropped together in training: all, all but one, or each on its own."""
     p_drop: float = 0.1
+    """Probability with which labels are dropped."""
     label_std: float = 0.02
     """Standard deviation of the label embeddings at the start."""
     coupling: Literal["independent", "ot"] = "independent"
+    """Pairs of noise and latents in training: as drawn, or by optimal transport among cells of equal condition."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one stage is trained."""
+    """How one stage is trained.
+
+    Examples
+    --------
+    >>> config.StageConfig(lr=1e-3, batch_size=64).lr
+    0.001
+    """
 
     lr: float = 1e-4
+    """Highest learning rate."""
     weight_decay: float = 0.01
+    """Of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     eps: float = 1e-8
+    """Of AdamW."""
     clip_norm: float = 10.0
+    """Largest norm of a gradient."""
     warmup: float = 0.1
     """Share of the steps with a rising learning rate."""
     final_lr: float = 0.1
     """Learning rate at the end, as a share of `lr` (cosine decay)."""
     batch_size: int = 128
+    """Cells per step and process."""
     max_epochs: int | None = None
     """None: from the number of cells, so that about `target_steps` are made in at most `epoch_limit` epochs."""
     target_steps: int = 2000
+    """Steps to make where `max_epochs` is None."""
     epoch_limit: int = 200
+    """Most epochs where `max_epochs` is None."""
     ema_decay: float = 0.9999
+    """Decay of the running average of the weights, which generates."""
     ema_every: int = 10
+    """Steps between two updates of it."""
     shown: tuple[float, float] | None = None
     """Range of the share of a cell's counts that the encoder sees while the decoder is trained on the others, drawn for
     each cell; None shows it the very counts that the decoder must give, as in the released recipe."""
@@ -127,12 +171,23 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that is decided before a model sees data."""
+    """Everything that is decided before a model sees data.
+
+    Examples
+    --------
+    >>> small = config.PRESETS["small"]
+    >>> small.with_overrides(vae={"n_tokens": 32}).vae.n_tokens
+    32
+    """
 
     vae: VAEConfig = field(default_factory=VAEConfig)
+    """The autoencoder."""
     flow: FlowConfig = field(default_factory=FlowConfig)
+    """The flow."""
     train_vae: StageConfig = field(default_factory=StageConfig)
+    """Training of the autoencoder."""
     train_flow: StageConfig = field(default_factory=StageConfig)
+    """Training of the flow."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values that JSON can hold."""
@@ -156,6 +211,10 @@ class ModelConfig:
         ----------
         overrides
             ``part={"name": value}``, for example ``vae={"n_tokens": 32}``.
+
+        Returns
+        -------
+        A new configuration.
 
         Raises
         ------
@@ -196,10 +255,26 @@ def _from_dict(cls: Any, values: dict[str, Any]) -> Any:
 def resolve_config(config: "str | ModelConfig", **overrides: Any) -> ModelConfig:
     """Return the configuration meant by a preset's name or a `ModelConfig`, with overrides applied.
 
+    Parameters
+    ----------
+    config
+        Name of a preset, or a configuration.
+    overrides
+        Changes by part, as in `scldm_cd4.config.ModelConfig.with_overrides`.
+
+    Returns
+    -------
+    The configuration.
+
     Raises
     ------
     ValueError
         The preset is unknown, or an override is.
+
+    Examples
+    --------
+    >>> config.resolve_config("small", flow={"width": 192}).flow.width
+    192
     """
     if isinstance(config, str):
         if config not in PRESETS:

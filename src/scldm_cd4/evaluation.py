@@ -55,6 +55,12 @@ def evaluate(
         A stage is not trained.
     DataError
         There are no held-out cells, no control was declared, or the cells cannot be used.
+
+    Examples
+    --------
+    >>> table = model.evaluate(profile="minimal", baselines=["additive"], seed=0)
+    >>> "baseline_additive" in table.columns
+    True
     """
     sampling_seed = int(self._sampling(seed=seed).seed)
     registry: Registry = self._trained().registry

@@ -49,10 +49,11 @@ class CD4Model(ModelBase, QueryMethods):
 
     Examples
     --------
+    >>> adata = datasets.synthetic_cd4(300, 50, n_perturbations=3, n_donors=2)
     >>> CD4Model.setup_anndata(adata, perturbation_key="perturbation", donor_key="donor_id", control="NTC")
-    >>> model = CD4Model(adata)
-    >>> model.train(seed=0)
-    >>> cells = model.generate(perturbation="GATA3", n_cells=500, seed=0)
+    >>> model = CD4Model(adata, config="tiny")
+    >>> model.is_trained
+    False
     """
 
     def __init__(self, adata: Any, config: str | ModelConfig = "small", **overrides: Any) -> None:
@@ -119,6 +120,13 @@ class CD4Model(ModelBase, QueryMethods):
             A loss became infinite or not a number. The model keeps the last good weights.
         CheckpointError
             `resume_from` has no usable training state.
+
+        Examples
+        --------
+        >>> model = CD4Model(adata, config="tiny", train_vae={"batch_size": 128}, flow={"n_layers": 1})
+        >>> model.train(max_epochs=1, split={"test": 0.2}, seed=0)
+        >>> list(model.history)
+        ['vae', 'flow']
         """
         trainer_kwargs = train_options(trainer_kwargs, signature(self.train).parameters)
         if stage == "flow":
@@ -193,6 +201,13 @@ class CD4Model(ModelBase, QueryMethods):
             The autoencoder is not trained.
         DataError, GeneMismatchError
             The cells cannot be used.
+
+        Examples
+        --------
+        >>> model.get_latent(adata[:5]).shape
+        (5, 16)
+        >>> model.get_latent(adata[:5], flatten=False).shape
+        (5, 4, 4)
         """
         vae = self._vae()
         if not give_mean:
@@ -239,6 +254,11 @@ class CD4Model(ModelBase, QueryMethods):
             ``return_dist=True``, or the cells cannot be used.
         NotTrainedError
             The autoencoder is not trained.
+
+        Examples
+        --------
+        >>> model.get_latent_representation(adata, indices=[0, 1, 2]).shape
+        (3, 16)
         """
         if return_dist:
             raise DataError("return_dist=True is not supported: the latent of a cell is a point")
@@ -278,6 +298,11 @@ class CD4Model(ModelBase, QueryMethods):
             The autoencoder is not trained.
         DataError, GeneMismatchError
             The cells or genes cannot be used.
+
+        Examples
+        --------
+        >>> model.get_normalized_expression(adata[:3], gene_list=["GATA3", "IFNGR1"], library_size=1e4).shape
+        (3, 2)
         """
         vae = self._vae()
         cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
@@ -310,6 +335,11 @@ class CD4Model(ModelBase, QueryMethods):
             The autoencoder is not trained.
         DataError, GeneMismatchError
             The cells cannot be used.
+
+        Examples
+        --------
+        >>> model.get_reconstruction_error(adata[:3]).shape
+        (3,)
         """
         vae = self._vae()
         cells = self._cells(self._adata(adata), decoded=True, allow_missing=allow_missing)
@@ -394,6 +424,15 @@ class CD4Model(ModelBase, QueryMethods):
             An argument is not possible.
         FileExistsError
             `out` exists.
+
+        Examples
+        --------
+        >>> cells = model.generate(["GATA3", "NTC"], donor="CE0008162", timepoint="Rest", n_cells=5, seed=0)
+        >>> cells.shape
+        (10, 60)
+        >>> cells.obs["perturbation"].value_counts().to_dict()
+        {'GATA3': 5, 'NTC': 5}
+        >>> others = model.generate(cells=adata[:3], perturbation="GATA3", seed=0)
         """
         how = {"output": output, "solver": solver, "n_steps": n_steps, "precision": precision, "batch_size": batch_size}
         options = {"size_factors": size_factors, "genes": genes, "out": out, "overwrite": overwrite}
@@ -433,5 +472,11 @@ class CD4Model(ModelBase, QueryMethods):
         ------
         NotTrainedError, UnknownCategoryError, DataError
             As for `generate`.
+
+        Examples
+        --------
+        >>> wanted = pd.DataFrame({"perturbation": ["GATA3"], "donor_id": "CE0008162", "timepoint": "Rest"})
+        >>> model.predict(wanted, n_cells=4, seed=0).n_obs
+        4
         """
         return self.generate(conditions=conditions, **options)

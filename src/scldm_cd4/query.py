@@ -80,8 +80,11 @@ class QueryMethods:
 
         Examples
         --------
-        >>> wider = model.extend(controls_of_d5, donor="D5", seed=0)
-        >>> cells = wider.generate(perturbation="GATA3", donor="D5", timepoint="Stim8hr", n_cells=500, seed=0)
+        >>> controls = adata[adata.obs["perturbation"] == "NTC"].copy()
+        >>> controls.obs["donor_id"] = "D5"
+        >>> wider = model.extend(controls, donor="D5", seed=0)
+        >>> wider.generate(perturbation="GATA3", donor="D5", timepoint="Rest", n_cells=5, seed=0).n_obs
+        5
         """
         from scldm_cd4.extension import extend, new_levels
 
@@ -115,6 +118,13 @@ class QueryMethods:
             The folder is missing or damaged.
         DataError, GeneMismatchError, UnknownCategoryError
             As for `extend`.
+
+        Examples
+        --------
+        >>> controls = adata[adata.obs["perturbation"] == "NTC"].copy()
+        >>> controls.obs["donor_id"] = "D5"
+        >>> "D5" in CD4Model.load_query_data(controls, saved, seed=0).donors
+        True
         """
         from scldm_cd4.extension import unknown_levels
 

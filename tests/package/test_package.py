@@ -132,12 +132,22 @@ def test_ci_takes_its_commands_from_the_readme():
     assert "grep '^python3 -m venv' README.md" in script
     assert "${commands[0]}" in script
     assert "${commands[1]}" in script
-    assert "pip install" not in script  # only what the README installs
+    assert "docs/contributing.md" in script
+    assert "pip install" not in script  # only what the README and the page on contributing install
+
+
+def test_contributing_installs_and_builds_the_documentation():
+    lines = (ROOT / "docs/contributing.md").read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if re.match(r"\.venv/bin/(pip|sphinx-build) ", line)]
+    assert commands[0] == '.venv/bin/pip install -e ".[test,docs]" -c constraints.txt'
+    assert commands[1].startswith(".venv/bin/sphinx-build -W -n docs ")
+    assert len(commands) == 2
 
 
 def test_constraints_pin_every_direct_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["docs"]]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {re.split("==", line)[0].lower() for line in lines if not line.startswith("#")}
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if not line.startswith("#"))
@@ -163,6 +173,8 @@ def test_packages_hold_code_and_no_data(tmp_path: Path):
         "tests/checkpoint/saved/",
         "tests/metrics/goldens/",
     )  # tiny models of each release, figures of other packages
-    code = {".py", ".typed", ".md", ".txt", ".toml", ".yaml", ""}
-    assert {Path(name).suffix for name in source if not name.startswith(kept)} <= code
+    code = {".py", ".typed", ".md", ".txt", ".toml", ".yaml", ".cff", ".rst", ""}
+    figures = {name for name in source if name.startswith("docs/_static/") and "SIMULATED" in name}
+    assert {Path(name).suffix for name in set(source) - figures if not name.startswith(kept)} <= code
+    assert not [name for name in source if "_build" in name or "generated/" in name]
     assert max(Path(wheel).stat().st_size, Path(sdist).stat().st_size) < 1_000_000

@@ -65,6 +65,13 @@ def setup_anndata(
     DataError
         A column or layer is missing, a label is missing, the control is no level, gene identifiers are not unique, a
         value is no raw count, a cell has no counts or above a million, or there are fewer than 2 cells or 1 gene.
+
+    Examples
+    --------
+    >>> adata = datasets.synthetic_cd4(300, 50, n_perturbations=3, n_donors=2)
+    >>> CD4Model.setup_anndata(adata, perturbation_key="perturbation", donor_key="donor_id", control="NTC")
+    >>> adata.uns["_scldm_cd4"]["control"]
+    'NTC'
     """
     require_anndata(adata)
     if adata.n_obs < 2 or adata.n_vars < 1:

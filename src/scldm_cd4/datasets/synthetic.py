@@ -103,7 +103,7 @@ def synthetic_cd4(
 
     Examples
     --------
-    >>> adata = synthetic_cd4(400, 60, n_perturbations=3, n_donors=2)
+    >>> adata = datasets.synthetic_cd4(400, 60, n_perturbations=3, n_donors=2)
     >>> adata.shape
     (400, 60)
     """
@@ -172,6 +172,12 @@ def true_log2fc(
     ------
     ValueError
         If the cells are not of `synthetic_cd4` or a name is not one of its levels.
+
+    Examples
+    --------
+    >>> effect = datasets.true_log2fc(adata, "GATA3", donor="CE0008162", timepoint="Rest")
+    >>> bool(effect["GATA3"] < -1)  # the knock-down itself
+    True
     """
     if "synthetic_cd4" not in adata.uns:
         raise ValueError("These cells have no uns['synthetic_cd4']: true_log2fc knows only data of synthetic_cd4().")

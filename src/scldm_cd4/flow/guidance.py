@@ -56,6 +56,15 @@ def guided(
     ------
     ValueError
         A weight is negative or not finite, a part is unknown, or the weights differ under ``joint``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scldm_cd4.flow import guided
+    >>> rows = torch.tensor([2, 2, 5])  # the unconditional rows of donor, time point and perturbation
+    >>> field = guided(lambda x, t, labels: x, strategy="joint", guidance=1.5, unconditional=rows)
+    >>> field(torch.ones(2, 4), torch.zeros(2), torch.zeros(2, 3, dtype=torch.long)).shape
+    torch.Size([2, 4])
     """
     terms = _terms(strategy, _weights(strategy, guidance))
     keep = torch.tensor([[role in kept for role in ROLES] for kept in terms])  # (K, 3)

@@ -55,6 +55,11 @@ def aggregate(
     ------
     DataError
         If the table is not one of :func:`evaluate`, ``how`` is unknown, or too much is undefined.
+
+    Examples
+    --------
+    >>> int(metrics.aggregate(table).loc["pearson_delta", "n_conditions"]) > 0
+    True
     """
     keep = _by(table, by)
     if how not in ("mean", "median", "weighted"):
@@ -141,6 +146,11 @@ def score(
     ------
     DataError
         If the table has no such columns.
+
+    Examples
+    --------
+    >>> metrics.score(table, "additive").columns[:3].tolist()
+    ['value', 'baseline', 'ceiling']
     """
     import pandas as pd
 
@@ -219,6 +229,12 @@ def rank_average(tables: Any, *, ceiling: bool = False, metrics: Sequence[str] |
     ------
     DataError
         If there are fewer than two methods, or the tables have different conditions.
+
+    Examples
+    --------
+    >>> methods = metrics.rank_average(table)
+    >>> bool(methods["rank"].is_monotonic_increasing)
+    True
     """
     import pandas as pd
 
@@ -277,6 +293,12 @@ def bootstrap(
     Returns
     -------
     ``low`` and ``high`` by the index of the statistic; NaN with fewer than three perturbations.
+
+    Examples
+    --------
+    >>> intervals = metrics.bootstrap(table, lambda t: t.groupby("metric")["value"].mean(), n_boot=20)
+    >>> list(intervals.columns)
+    ['low', 'high']
     """
     import pandas as pd
 

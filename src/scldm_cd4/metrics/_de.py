@@ -75,6 +75,13 @@ def context_test(
     ------
     DataError
         If a context has no control, or all cells are one profile.
+
+    Examples
+    --------
+    >>> group = codes == keys.index(("CE0008162", "Rest", "IFNGR1"))
+    >>> z, p = metrics.context_test(values[group].toarray(), [("CE0008162", "Rest")] * group.sum(), controls)
+    >>> p.shape
+    (60,)
     """
     refuse_constant(values, what)
     levels = list(dict.fromkeys(np.asarray(contexts).tolist()))
@@ -121,6 +128,13 @@ def de_genes(
     ------
     DataError
         If all cells of the group are one profile, or a context has no control.
+
+    Examples
+    --------
+    >>> label = real.obs["perturbation"].to_numpy()
+    >>> found = metrics.de_genes(values[label == "GATA3"], values[label == "NTC"], genes=real.var_names)
+    >>> found.columns[0]
+    'gene'
     """
     import pandas as pd
 
@@ -152,6 +166,11 @@ class DETests:
         (K, genes), always finite.
     n, n_control
         Cells, (K,).
+
+    Examples
+    --------
+    >>> tests.z.shape == (len(tests.keys), real.n_vars)
+    True
     """
 
     keys: tuple[Key, ...]
@@ -188,6 +207,12 @@ def control_ranks(values: Any, codes: np.ndarray, keys: Sequence[Key], *, contro
     Returns
     -------
     The controls of each context.
+
+    Examples
+    --------
+    >>> controls = metrics.control_ranks(values, codes, keys, control="NTC")
+    >>> sorted(controls)[0]
+    ('CE0008162', 'Rest')
     """
     matrix = as_matrix(values)
     rows = {key[:-1]: np.flatnonzero(np.asarray(codes) == code) for code, key in enumerate(keys) if key[-1] == control}
@@ -244,6 +269,12 @@ def de_tests(
     ------
     DataError
         If a context has no control, the pseudocount is not positive, or all cells of a condition are one profile.
+
+    Examples
+    --------
+    >>> controls = metrics.control_ranks(values, codes, keys, control="NTC")
+    >>> tests = metrics.de_tests(values, codes, keys, controls, control="NTC")
+    >>> significant = tests.p_adjusted < 0.05
     """
     matrix, codes = as_matrix(values), np.asarray(codes)
     perturbed = np.array([key[-1] != control for key in keys] + [False])
@@ -289,8 +320,8 @@ def _levels(values: Any, codes: np.ndarray, n_groups: int, mean: str) -> np.ndar
 def de_recovery(real: np.ndarray, pred: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 of predicted against real significant genes.
 
-    F1 = 2 |real and pred| / (|real| + |pred|). Range 0 to 1, best 1; a random set of the same size has precision
-    |real| / genes.
+    With R real, P predicted and B genes in both, F1 = 2 B / (R + P). Range 0 to 1, best 1; a random set of the same size
+    has precision R / genes.
 
     Parameters
     ----------
@@ -306,6 +337,11 @@ def de_recovery(real: np.ndarray, pred: np.ndarray) -> dict[str, float]:
     ------
     DataError
         If the masks differ in length.
+
+    Examples
+    --------
+    >>> metrics.de_recovery(np.array([True, True, False]), np.array([True, False, False]))["recall"]
+    0.5
     """
     truth, guess = np.asarray(real, dtype=bool), np.asarray(pred, dtype=bool)
     if truth.shape != guess.shape:

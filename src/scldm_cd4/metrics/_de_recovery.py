@@ -32,27 +32,27 @@ def de_table(
     With R and P the real and predicted genes whose adjusted p is below ``fdr``, over genes tested on the real side. A
     gene that is not tested on the predicted side counts as not significant and without change.
 
-    ======================== ==================================================================== ============
-    name                     value                                                                best, chance
-    ======================== ==================================================================== ============
+    ======================== ======================================================================== ============
+    name                     value                                                                    best, chance
+    ======================== ======================================================================== ============
     ``de_precision``         \|R and P\| / \|P\|                                                      1, \|R\|/G
     ``de_recall``            \|R and P\| / \|R\|                                                      1, \|P\|/G
-    ``de_f1``                2 \|R and P\| / (\|R\| + \|P\|)                                            1
+    ``de_f1``                2 \|R and P\| / (\|R\| + \|P\|)                                          1
     ``de_jaccard``           \|R and P\| / \|R or P\|                                                 1
-    ``de_overlap``           the same number n = \|R\| of top genes of either side that both share   1
-    ``de_overlap_top{k}``    the same with n = min(k, \|R\|) (cell-eval)                            1
-    ``de_precision_top{k}``  the same with n = min(k, \|P\|) (cell-eval)                            1
-    ``de_roc_auc``           area under the ROC curve: \|z\| of P finds R                           1, 0.5
-    ``de_pr_auc``            average precision of the same                                        1, \|R\|/G
-    ``de_spearman_lfc``      Spearman correlation of log2 fold changes over R                     1, 0
+    ``de_overlap``           the same number n = \|R\| of top genes of either side that both share    1
+    ``de_overlap_top{k}``    the same with n = min(k, \|R\|) (cell-eval)                              1
+    ``de_precision_top{k}``  the same with n = min(k, \|P\|) (cell-eval)                              1
+    ``de_roc_auc``           area under the ROC curve: \|z\| of P finds R                             1, 0.5
+    ``de_pr_auc``            average precision of the same                                            1, \|R\|/G
+    ``de_spearman_lfc``      Spearman correlation of log2 fold changes over R                         1, 0
     ``de_lfc_nmae``          sum \|error of log2 fold change\| / sum \|log2 fold change\| over R      0, 1
-    ``de_direction_match``   share of R whose fold change has the right sign                      1, 0.5
+    ``de_direction_match``   share of R whose fold change has the right sign                          1, 0.5
     ``de_direction_yield``   genes of P with the right sign / max(\|P\|, \|R\|) (cell-eval2)          1
-    ``de_direction_reach``   part of R, in order of the predicted p, up to which 90 % have the    1, near 0
+    ``de_direction_reach``   part of R, in order of the predicted p, up to which 90 % have the        1, near 0
                              right sign (cell-eval2)
-    ``de_n_real``            \|R\|                                                                  -
-    ``de_n_pred``            \|P\|                                                                  -
-    ======================== ==================================================================== ============
+    ``de_n_real``            \|R\|                                                                    -
+    ``de_n_pred``            \|P\|                                                                    -
+    ======================== ======================================================================== ============
 
     Without real significant genes all scores are NaN: there is nothing to recover. With real but no predicted ones
     precision, recall, F1, Jaccard, overlaps and yield are 0: silence is not rewarded. Correlation and error of the fold
@@ -84,6 +84,12 @@ def de_table(
     ------
     DataError
         If the genes differ in number, or a condition was not predicted (unless ``allow_missing``).
+
+    Examples
+    --------
+    >>> scores = metrics.de_table(tests, guess_tests)
+    >>> scores["de_recall"].shape == (len(tests.keys),)
+    True
     """
     if real.z.shape[1] != pred.z.shape[1]:
         raise DataError(f"{real.z.shape[1]} real and {pred.z.shape[1]} predicted genes; align them by name")
@@ -182,6 +188,13 @@ def area_under_curves(labels: np.ndarray, scores: np.ndarray, keep: np.ndarray) 
     Returns
     -------
     Both areas, (K,); NaN where only one class is there.
+
+    Examples
+    --------
+    >>> labels, scores = np.array([[True, False, True]]), np.array([[3.0, 2.0, 1.0]])
+    >>> roc, precision = metrics.area_under_curves(labels, scores, np.ones((1, 3), dtype=bool))
+    >>> float(roc[0])
+    0.5
     """
     labels = labels & keep
     order = np.argsort(-np.where(keep, scores, -np.inf), axis=1, kind="stable")

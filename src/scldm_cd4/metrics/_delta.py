@@ -11,7 +11,22 @@ from scldm_cd4.metrics._rows import cosine_rows, pearson_rows, shift, spearman_r
 
 
 def safe_pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson correlation; NaN where either vector is constant or shorter than two."""
+    """Pearson correlation; NaN where either vector is constant or shorter than two.
+
+    Parameters
+    ----------
+    x, y
+        Vectors of equal length.
+
+    Returns
+    -------
+    The correlation, -1 to 1.
+
+    Examples
+    --------
+    >>> round(metrics.safe_pearson(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])), 6)
+    -1.0
+    """
     a, b = np.atleast_2d(np.asarray(x, dtype=np.float64)), np.atleast_2d(np.asarray(y, dtype=np.float64))
     return float(pearson_rows(a, b)[0])
 
@@ -34,6 +49,11 @@ def chance_level(n_perturbed: Any, n_control: Any, n_predicted: Any = None) -> A
     Returns
     -------
     The expected correlation, 0 to 1.
+
+    Examples
+    --------
+    >>> float(metrics.chance_level(100, 300))
+    0.25
     """
     real, pred = (n_control / n + 1.0 for n in (n_perturbed, n_perturbed if n_predicted is None else n_predicted))
     return 1.0 / np.sqrt(real * pred)
@@ -61,6 +81,11 @@ def context_delta(
     ------
     DataError
         If a context has perturbed but no control cells, or there are no perturbed cells.
+
+    Examples
+    --------
+    >>> metrics.context_delta(np.array([[2.0, 1.0]]), np.array([[1.0, 1.0], [1.0, 3.0]])).tolist()
+    [1.0, -1.0]
     """
     x, c = as_matrix(values), as_matrix(control)
     if x.shape[0] == 0:
@@ -126,6 +151,12 @@ def pearson_delta(
     ------
     DataError
         If a context lacks control cells.
+
+    Examples
+    --------
+    >>> control = np.zeros((2, 3))
+    >>> round(metrics.pearson_delta(np.array([[1.0, 0.0, -1.0]]), np.array([[2.0, 0.0, -2.0]]), control), 6)
+    1.0
     """
     return float(pearson_rows(*_deltas(real, pred, control, contexts, exclude))[0])
 
@@ -143,9 +174,20 @@ def spearman_delta(
     The correlation of the shifts' mid-ranks; parameters, errors and chance level as for :func:`pearson_delta`. Range -1
     to 1, best 1. It weighs the many genes with small shifts as much as the few with large ones. Source: cz-benchmarks.
 
+    Parameters
+    ----------
+    real, pred, control, contexts, exclude
+        As for `scldm_cd4.metrics.pearson_delta`.
+
     Returns
     -------
     The correlation; NaN if a shift is constant.
+
+    Examples
+    --------
+    >>> control = np.zeros((2, 3))
+    >>> round(metrics.spearman_delta(np.array([[1.0, 0.0, -1.0]]), np.array([[9.0, 0.0, -1.0]]), control), 6)
+    1.0
     """
     return float(spearman_rows(*_deltas(real, pred, control, contexts, exclude))[0])
 
@@ -163,9 +205,20 @@ def cosine_delta(
     Unlike the correlation it counts a shift that all genes have in common. Parameters, errors and chance level as for
     :func:`pearson_delta`. Range -1 to 1, best 1. Source: perturbench.
 
+    Parameters
+    ----------
+    real, pred, control, contexts, exclude
+        As for `scldm_cd4.metrics.pearson_delta`.
+
     Returns
     -------
     The cosine; NaN if a shift is zero.
+
+    Examples
+    --------
+    >>> control = np.zeros((2, 3))
+    >>> metrics.cosine_delta(np.array([[1.0, 0.0, 0.0]]), np.array([[2.0, 0.0, 0.0]]), control)
+    1.0
     """
     return float(cosine_rows(*_deltas(real, pred, control, contexts, exclude))[0])
 
@@ -184,9 +237,20 @@ def l2_delta(
     :math:`\|\delta\|`. It grows with genes and with sampling noise: compare it with a repeat of the
     experiment at the same number of cells. Source: Dibaeinia et al. 2026 (L2-delta).
 
+    Parameters
+    ----------
+    real, pred, control, contexts, exclude
+        As for `scldm_cd4.metrics.pearson_delta`.
+
     Returns
     -------
     The distance.
+
+    Examples
+    --------
+    >>> control = np.zeros((2, 2))
+    >>> metrics.l2_delta(np.array([[3.0, 4.0]]), np.array([[0.0, 0.0]]), control)
+    5.0
     """
     truth, guess = _deltas(real, pred, control, contexts, exclude)
     return float(np.linalg.norm(truth - guess))

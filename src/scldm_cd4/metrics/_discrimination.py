@@ -55,6 +55,12 @@ def discrimination(
     ------
     DataError
         If shapes differ, an option is unknown, or leaving out the targets leaves no gene.
+
+    Examples
+    --------
+    >>> effects = np.eye(3)
+    >>> metrics.discrimination(effects, effects).tolist()
+    [1.0, 1.0, 1.0]
     """
     x, y = np.asarray(real, dtype=np.float64), np.asarray(pred, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 2 or (exclude is not None and exclude.shape != x.shape):
@@ -118,6 +124,11 @@ def effect_distances(
     Returns
     -------
     (K, L).
+
+    Examples
+    --------
+    >>> metrics.effect_distances(np.eye(2), np.eye(2), "l1").tolist()
+    [[0.0, 2.0], [2.0, 0.0]]
     """
     if metric == "l1":
         return _l1(queries, candidates, keep)

@@ -46,6 +46,12 @@ class DistributionReference:
     ------
     DataError
         If the features differ between conditions, or a value is not finite.
+
+    Examples
+    --------
+    >>> reference = metrics.DistributionReference([x[:40], x[40:80]])
+    >>> reference.compare([y[:40], y[40:80]], metrics=("mmd2", "energy_distance"))["mmd2"].shape
+    (2,)
     """
 
     def __init__(
@@ -190,6 +196,12 @@ def distribution_table(
     ------
     DataError
         As in :meth:`DistributionReference.compare`, or if a bandwidth is given with a reference.
+
+    Examples
+    --------
+    >>> table = metrics.distribution_table([x[:40], x[40:80]], [y[:40], y[40:80]], metrics=("energy_distance",))
+    >>> table["energy_distance"].shape
+    (2,)
     """
     if isinstance(real, DistributionReference):
         if bandwidth is not None:

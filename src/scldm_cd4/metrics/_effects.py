@@ -141,6 +141,12 @@ def effect_table(
     ------
     DataError
         If a control or a condition is missing, or ``space`` needs counts that the pseudobulks were made without.
+
+    Examples
+    --------
+    >>> scores = metrics.effect_table(bulks, guess_bulks, control="NTC")
+    >>> scores["pearson_delta"].shape == (len(bulks.conditions("NTC")),)
+    True
     """
     matched = match(real, pred, control, allow_missing=allow_missing)
     shape = (len(matched.keys), real.means.shape[1])
@@ -338,6 +344,10 @@ def control_halves(
     Returns
     -------
     The two halves. A context with a single control cell is in the first only.
+
+    Examples
+    --------
+    >>> first, second = metrics.control_halves(values, codes, keys, control="NTC", seed=0)
     """
     rng, codes = np.random.default_rng(seed), np.asarray(codes)
     controls = [code for code, key in enumerate(keys) if key[-1] == control]

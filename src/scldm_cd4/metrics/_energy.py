@@ -52,6 +52,11 @@ def energy_distance(
     ------
     DataError
         If the features differ, or known within-terms are given for another form.
+
+    Examples
+    --------
+    >>> metrics.energy_distance(np.zeros((5, 2)), np.ones((5, 2)), squared=True) > 0
+    True
     """
     a, b = pair(real, pred)
     n, m = len(a), len(b)
@@ -69,7 +74,22 @@ def energy_distance(
 
 
 def within_distance(x: Any) -> float:
-    """Mean Euclidean distance over ordered pairs of different cells; NaN with fewer than two cells."""
+    """Mean Euclidean distance over ordered pairs of different cells; NaN with fewer than two cells.
+
+    Parameters
+    ----------
+    x
+        Cells x features.
+
+    Returns
+    -------
+    The mean distance, in units of the features.
+
+    Examples
+    --------
+    >>> metrics.within_distance(np.array([[0.0], [2.0]]))
+    2.0
+    """
     return _mean_within(dense(as_matrix(x)), "euclidean")
 
 
@@ -110,6 +130,11 @@ def control_distances(cells: Sequence[Any], control: Any, *, biased: bool = Fals
     ------
     DataError
         If the features differ.
+
+    Examples
+    --------
+    >>> metrics.control_distances([x[:20], x[20:40]], x[40:]).shape
+    (2,)
     """
     blocks, (reference,) = check_blocks(cells), check_blocks([control])
     check_blocks([*blocks[:1], reference])
@@ -155,6 +180,12 @@ def energy_correlation(
     ------
     DataError
         If the numbers of perturbations or of features differ.
+
+    Examples
+    --------
+    >>> value = metrics.energy_correlation([x[:20], x[20:40], x[40:60]], [y[:20], y[20:40], y[40:60]], x[60:])
+    >>> bool(-1 <= value <= 1)
+    True
     """
     if len(real) != len(pred):
         raise DataError(f"{len(real)} real and {len(pred)} predicted perturbations; give one block of each")

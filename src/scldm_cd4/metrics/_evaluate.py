@@ -120,6 +120,14 @@ def evaluate(
     DataError
         If keys are not known, conditions, genes or kinds of values differ between the sides, a context has no
         controls, or predicted cells are copies of one profile.
+
+    Examples
+    --------
+    >>> table = metrics.evaluate(
+    ...     real, cells, train=train, profile=["pearson_delta", "energy_distance"], baselines=["additive"], min_cells=5
+    ... )
+    >>> sorted(table["metric"].unique())
+    ['energy_distance', 'pearson_delta']
     """
     metrics = resolve(profile)
     names = _baseline_names(profile, baselines, train, input_type)

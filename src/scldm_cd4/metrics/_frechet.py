@@ -53,6 +53,12 @@ def frechet_distance(real: Any, pred: Any, *, rooted: bool = False) -> float:
     ------
     DataError
         If the features differ.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> bool(metrics.frechet_distance(rng.normal(0, 1, (200, 2)), rng.normal(3, 1, (200, 2))) > 10)
+    True
     """
     a, b = pair(real, pred)
     n, d = min(len(a), len(b)), a.shape[1]

@@ -25,6 +25,11 @@ def nearest_distance(cells: Any, train: Any) -> np.ndarray:
     ------
     DataError
         If the features differ, or there are no training cells.
+
+    Examples
+    --------
+    >>> metrics.nearest_distance(np.array([[0.0], [4.0]]), np.array([[1.0], [4.0]])).tolist()
+    [1.0, 0.0]
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -66,6 +71,11 @@ def memorisation(real: Any, pred: Any, train: Any) -> float:
     ------
     DataError
         If the features differ, or there are no training cells.
+
+    Examples
+    --------
+    >>> metrics.memorisation(x, z[:20], z)  # copies of training cells
+    0.0
     """
     held_out, generated = nearest_distance(real, train), nearest_distance(pred, train)
     return ratio_of_medians(generated, held_out)
@@ -92,6 +102,11 @@ def memorised_share(real: Any, pred: Any, train: Any, *, quantile: float = 0.05)
     ------
     DataError
         As in :func:`memorisation`, or if ``quantile`` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> metrics.memorised_share(x, z[:20], z)  # copies of training cells
+    1.0
     """
     if not 0 < quantile < 1:
         raise DataError(f"quantile={quantile} must lie between 0 and 1")
@@ -127,6 +142,11 @@ def memorisation_table(real: list[Any], pred: list[Any], train: Any) -> np.ndarr
     ------
     DataError
         If the lists differ in length, or as in :func:`memorisation`.
+
+    Examples
+    --------
+    >>> metrics.memorisation_table([x[:20], x[20:40]], [y[:20], y[20:40]], z).shape
+    (2,)
     """
     if len(real) != len(pred):
         raise DataError(f"{len(real)} real and {len(pred)} predicted conditions; give one block of each")

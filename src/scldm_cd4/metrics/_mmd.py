@@ -41,6 +41,11 @@ def median_distance(reference: Any, *, max_cells: int | None = 2000, seed: int =
     ------
     DataError
         If a value is not finite.
+
+    Examples
+    --------
+    >>> metrics.median_distance(np.array([[0.0], [1.0], [3.0]]))
+    2.0
     """
     from scipy.spatial.distance import pdist
 
@@ -95,6 +100,12 @@ def mmd2(
     ------
     DataError
         If an option is unknown, the features differ, or a compositional kernel meets a negative value or empty cell.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> bool(metrics.mmd2(rng.normal(0, 1, (100, 2)), rng.normal(2, 1, (100, 2))) > 0.1)
+    True
     """
     if root and not biased:
         raise DataError("the unbiased MMD^2 may be negative and has no root; give biased=True or root=False")
@@ -165,6 +176,13 @@ def permutation_test(
     ------
     DataError
         If there are more cells than the kernel matrix can be kept for, or as in :func:`mmd2`.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> statistic, p = metrics.permutation_test(rng.normal(0, 1, (30, 2)), rng.normal(3, 1, (30, 2)), n_permutations=99)
+    >>> p
+    0.01
     """
     a, b = aligned(real, pred)
     n, m = a.shape[0], b.shape[0]

@@ -29,6 +29,11 @@ def r2(real: np.ndarray, pred: np.ndarray) -> np.ndarray:
     ------
     DataError
         If the shapes differ.
+
+    Examples
+    --------
+    >>> float(metrics.r2(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])))
+    1.0
     """
     x, y = np.asarray(real, dtype=np.float64), np.asarray(pred, dtype=np.float64)
     if x.shape != y.shape:
@@ -59,6 +64,11 @@ def r2_mean(real: Any, pred: Any) -> float:
     ------
     DataError
         If the genes differ.
+
+    Examples
+    --------
+    >>> metrics.r2_mean(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 3.0]]))
+    1.0
     """
     a, b = aligned(real, pred)
     if min(a.shape[0], b.shape[0]) < 1:
@@ -70,6 +80,20 @@ def r2_variance(real: Any, pred: Any) -> float:
     """R2 of the gene-wise variances (divisor n - 1) of log-normalised values over genes; see :func:`r2`.
 
     Parameters, return and errors as in :func:`r2_mean`; NaN with fewer than two cells on a side.
+
+    Parameters
+    ----------
+    real, pred
+        As for `scldm_cd4.metrics.r2_mean`.
+
+    Returns
+    -------
+    R2, best 1; NaN with fewer than two cells.
+
+    Examples
+    --------
+    >>> metrics.r2_variance(x, x)
+    1.0
     """
     a, b = aligned(real, pred)
     if min(a.shape[0], b.shape[0]) < 2:

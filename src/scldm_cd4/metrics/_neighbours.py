@@ -54,6 +54,12 @@ def one_nn_accuracy(real: Any, pred: Any, *, seed: int = 0) -> float:
     ------
     DataError
         If the features differ.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> metrics.one_nn_accuracy(rng.normal(0, 1, (50, 2)), rng.normal(20, 1, (50, 2)))  # far apart
+    1.0
     """
     a, b = equal_sizes(*pair(real, pred), seed)
     scores = neighbour_scores([a], [b])
@@ -95,6 +101,12 @@ def prdc(real: Any, pred: Any, *, k: int = NEIGHBOURS, equal_n: bool = True, see
     ------
     DataError
         If the features differ, or k is below 1.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> metrics.prdc(rng.normal(0, 1, (50, 2)), rng.normal(30, 1, (50, 2)))["precision"]  # far apart
+    0.0
     """
     a, b = pair(real, pred)
     if equal_n:

@@ -27,6 +27,11 @@ class Projection:
         Names of the genes where the reference cells had names, (genes,).
     n_cells
         Number of reference cells.
+
+    Examples
+    --------
+    >>> metrics.fit_projection(values, n_components=3).apply(values).shape == (real.n_obs, 3)
+    True
     """
 
     mean: np.ndarray
@@ -82,6 +87,12 @@ def fit_projection(reference: Any, n_components: int = 30) -> Projection:
     ------
     DataError
         If there are too few cells or genes for the axes asked for.
+
+    Examples
+    --------
+    >>> projection = metrics.fit_projection(metrics.log_normalize(train), n_components=5)
+    >>> projection.apply(values).shape == (real.n_obs, 5)
+    True
     """
     from sklearn.decomposition import PCA
 

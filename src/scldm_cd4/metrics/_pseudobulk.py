@@ -80,6 +80,11 @@ def log_normalize(
     ------
     DataError
         If a count is negative or not finite, or there is not one positive total per cell.
+
+    Examples
+    --------
+    >>> metrics.log_normalize(np.array([[5.0, 5.0]])).toarray().round(2).tolist()
+    [[8.52, 8.52]]
     """
     matrix = sp.csr_matrix(as_matrix(data, layer), dtype=np.float64, copy=True)
     if matrix.nnz and not (np.isfinite(matrix.data).all() and matrix.data.min() >= 0):
@@ -117,6 +122,12 @@ def group_means(values: Any, codes: np.ndarray, n_groups: int) -> tuple[np.ndarr
     ------
     DataError
         If there is not one code per cell.
+
+    Examples
+    --------
+    >>> means, n = metrics.group_means(np.array([[1.0], [3.0], [5.0]]), np.array([0, 0, 1]), 2)
+    >>> means.ravel().tolist(), n.tolist()
+    ([2.0, 5.0], [2, 1])
     """
     codes = np.asarray(codes)
     if codes.shape != (values.shape[0],):
@@ -157,6 +168,11 @@ class Pseudobulks:
         log(1 + 5e4 x share of the condition's summed counts), (K, genes); None where no counts were given.
     log_sum_noise
         Sampling variance of ``log_sum`` summed over genes, by the delete-one jackknife, (K,); None likewise.
+
+    Examples
+    --------
+    >>> bulks.means.shape == (len(bulks.keys), real.n_vars)
+    True
     """
 
     keys: tuple[Key, ...]
@@ -198,6 +214,12 @@ def condition_codes(labels: Any) -> tuple[np.ndarray, tuple[Key, ...]]:
     ------
     DataError
         If a label is missing.
+
+    Examples
+    --------
+    >>> codes, keys = metrics.condition_codes(real.obs[["donor_id", "timepoint", "perturbation"]])
+    >>> keys[0]
+    ('CE0008162', 'Rest', 'GATA3')
     """
     import pandas as pd
 
@@ -246,6 +268,12 @@ def pseudobulks(values: Any, codes: np.ndarray, keys: Sequence[Key], *, counts: 
     ------
     DataError
         If codes or counts do not match the cells.
+
+    Examples
+    --------
+    >>> bulks = metrics.pseudobulks(values, codes, keys)
+    >>> bulks.means.shape == (len(keys), real.n_vars)
+    True
     """
     matrix, codes = as_matrix(values), np.asarray(codes)
     if codes.shape != (matrix.shape[0],):
@@ -324,6 +352,11 @@ def target_mask(keys: Sequence[Key], genes: Sequence[str], target_genes: Mapping
     Returns
     -------
     True at the target, (K, genes).
+
+    Examples
+    --------
+    >>> metrics.target_mask([("D1", "GATA3"), ("D1", "NTC")], ["TBX21", "GATA3"]).tolist()
+    [[False, True], [False, False]]
     """
     position = {str(gene): i for i, gene in enumerate(genes)}
     named = target_genes or {}

@@ -60,6 +60,10 @@ class ControlRanks:
         The control cells.
     n_cells, n_genes
         Their number, and the number of genes.
+
+    Examples
+    --------
+    >>> sorted_controls = metrics.ControlRanks(np.random.default_rng(0).poisson(2.0, (30, 4)))
     """
 
     def __init__(self, control: Any) -> None:
@@ -221,6 +225,14 @@ def combine_tests(tests: list[RankTest]) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     z and two-sided p, (genes,) or (groups, genes). A gene without any variation has z = 0 and p = 1.
+
+    Examples
+    --------
+    >>> one = metrics.ControlRanks(np.zeros((20, 1)))
+    >>> first, second = one.test(np.ones((10, 1))), one.test(np.ones((12, 1)))
+    >>> z, p = metrics.combine_tests([first, second])
+    >>> bool(p[0] < 0.001)
+    True
     """
     from scipy.special import ndtr
 
@@ -246,6 +258,11 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     Returns
     -------
     Adjusted p values of the same shape, 0 to 1; NaN stays.
+
+    Examples
+    --------
+    >>> metrics.benjamini_hochberg(np.array([0.01, 0.02, 0.5])).tolist()
+    [0.03, 0.03, 0.5]
     """
     values = np.atleast_2d(np.asarray(p, dtype=np.float64))
     order = np.argsort(values, axis=1)  # NaN last

@@ -41,6 +41,11 @@ def nb_error(counts: Any, mean: Any, dispersion: Any, *, per_gene: bool = False,
     ------
     DataError
         If the shapes differ or there are no cells.
+
+    Examples
+    --------
+    >>> round(metrics.nb_error(np.array([[0.0]]), np.array([[1.0]]), np.array([1.0])), 3)  # log 2
+    0.693
     """
     from scipy.special import gammaln
 
@@ -77,6 +82,12 @@ def intercept_nb(counts: Any, *, n_steps: int = 40) -> tuple[np.ndarray, np.ndar
     Returns
     -------
     Share of every gene and its theta, both (genes,). Expected counts are ``library[:, None] * share``.
+
+    Examples
+    --------
+    >>> share, theta = metrics.intercept_nb(real.X)
+    >>> bool(np.isclose(share.sum(), 1.0))
+    True
     """
     x = sp.csc_matrix(as_matrix(counts), dtype=np.float64)
     library = np.asarray(x.sum(axis=1)).ravel()
@@ -132,6 +143,11 @@ def pcc(real: Any, pred: Any, *, axis: Literal["gene", "cell"] = "gene") -> floa
     ------
     DataError
         If the shapes differ or ``axis`` is unknown.
+
+    Examples
+    --------
+    >>> round(metrics.pcc(np.array([[1.0], [2.0], [3.0]]), np.array([[2.0], [4.0], [6.0]])), 6)
+    1.0
     """
     x, y = _same_shape(real, pred)
     if axis not in ("gene", "cell"):
@@ -175,6 +191,11 @@ def mse(real: Any, pred: Any) -> float:
     ------
     DataError
         If the shapes differ.
+
+    Examples
+    --------
+    >>> metrics.mse(np.array([[1.0, 2.0]]), np.array([[1.0, 4.0]]))
+    2.0
     """
     x, y = _same_shape(real, pred)
     total = sum(float(np.square(dense(x[rows]) - dense(y[rows])).sum()) for rows in _pieces(x))
@@ -199,6 +220,11 @@ def zeros_accuracy(real: Any, pred: Any) -> float:
     ------
     DataError
         If the shapes differ.
+
+    Examples
+    --------
+    >>> metrics.zeros_accuracy(np.array([[0.0, 1.0]]), np.array([[0.0, 0.0]]))
+    0.5
     """
     x, y = _same_shape(real, pred)
     equal = sum(int(((dense(x[rows]) == 0) == (dense(y[rows]) == 0)).sum()) for rows in _pieces(x))
@@ -225,6 +251,12 @@ def sample_counts(mean: Any, dispersion: Any, *, seed: int) -> sp.csr_matrix:
     ------
     DataError
         If an expected count is negative or not finite, or a theta not positive.
+
+    Examples
+    --------
+    >>> counts = metrics.sample_counts(np.full((3, 2), 5.0), np.array([1.0, 10.0]), seed=0)
+    >>> counts.shape
+    (3, 2)
     """
     matrix, theta = as_matrix(mean), np.asarray(dispersion, dtype=np.float64)
     if not (theta > 0).all():
@@ -278,6 +310,12 @@ def reconstruction(
     ------
     DataError
         If the shapes differ, or an option is unknown.
+
+    Examples
+    --------
+    >>> mean = model.get_normalized_expression(real, library_size="latent", return_numpy=True)
+    >>> sorted(metrics.reconstruction(real.X, mean, np.ones(real.n_vars)))[:2]
+    ['mse', 'nb_error']
     """
     if use not in ("mean", "sample"):
         raise DataError(f"use={use!r} is not known; use 'mean' or 'sample'")

@@ -87,6 +87,10 @@ def report(
         If there is something at the path, and it may not be replaced.
     DataError
         If the path cannot be a page, the cells cannot be scored, or the table is not of these cells.
+
+    Examples
+    --------
+    >>> path = metrics.report(real, cells, "report.html", train=train, min_cells=5, n_components=5)  # doctest: +SKIP
     """
     path = _free(path, overwrite)
     keys = Keys.resolve(pred, perturbation_key, context_keys, control)

@@ -21,6 +21,12 @@ class Anchored:
     counted
         Whether the ceiling beats the baseline by more than the asked number of standard errors. Elsewhere the score
         is noise.
+
+    Examples
+    --------
+    >>> result = metrics.anchored_score(np.array([0.8, 0.82]), np.array([0.5, 0.52]), np.array([0.9, 0.92]))
+    >>> round(result.score, 2)
+    0.75
     """
 
     model: float
@@ -34,7 +40,22 @@ class Anchored:
 
 
 def mean_and_error(draws: np.ndarray) -> tuple[float, float]:
-    """Mean over redraws and its standard error, NaN draws left out; NaN where undefined."""
+    """Mean over redraws and its standard error, NaN draws left out; NaN where undefined.
+
+    Parameters
+    ----------
+    draws
+        Values of redraws, (n,).
+
+    Returns
+    -------
+    Mean and standard error.
+
+    Examples
+    --------
+    >>> metrics.mean_and_error(np.array([1.0, 3.0]))
+    (2.0, 1.0)
+    """
     values = np.asarray(draws, dtype=np.float64)
     values = values[~np.isnan(values)]
     mean = float(values.mean()) if values.size else float("nan")
@@ -70,6 +91,13 @@ def anchored_score(
     Returns
     -------
     Means, errors, the score and whether it counts.
+
+    Examples
+    --------
+    >>> model_draws, baseline_draws = np.array([0.80, 0.82, 0.81]), np.array([0.50, 0.52, 0.51])
+    >>> repeat_draws = np.array([0.91, 0.93, 0.92])
+    >>> round(metrics.anchored_score(model_draws, baseline_draws, repeat_draws).score, 2)
+    0.73
     """
     (m, m_se), (b, b_se), (c, c_se) = (mean_and_error(np.atleast_1d(x)) for x in (model, baseline, ceiling))
     gap = c - b if higher_is_better else b - c

@@ -68,6 +68,11 @@ def wasserstein(
     ------
     DataError
         If an option is unknown, the features differ, or the cost matrix would exceed 256 MB.
+
+    Examples
+    --------
+    >>> round(metrics.wasserstein(np.zeros((4, 1)), np.full((4, 1), 3.0)), 6)
+    3.0
     """
     if method not in METHODS or p not in (1, 2):
         raise DataError(f"method={method!r} with p={p} is not known; use one of {METHODS} with p=1 or p=2")

@@ -14,6 +14,16 @@ def welch_scores(bulks: Pseudobulks, rows: np.ndarray, controls: np.ndarray) -> 
         Pseudobulks of real cells.
     rows, controls
         Rows of the conditions and of their controls, (K,).
+
+    Returns
+    -------
+    (K, genes), at least 0.
+
+    Examples
+    --------
+    >>> perturbed, control = keys.index(("CE0008162", "Rest", "IFNGR1")), keys.index(("CE0008162", "Rest", "NTC"))
+    >>> metrics.welch_scores(bulks, np.array([perturbed]), np.array([control])).shape
+    (1, 60)
     """
     n, m = bulks.n[rows, None], bulks.n[controls, None]
     error = bulks.variances[rows] / n + bulks.variances[controls] / m
@@ -95,6 +105,11 @@ def effect_weights(scores: np.ndarray, keep: np.ndarray | None = None, *, expone
     Returns
     -------
     (K, genes); NaN in rows where all scores are equal.
+
+    Examples
+    --------
+    >>> metrics.effect_weights(np.array([[0.0, 1.0, 1.0]])).tolist()
+    [[0.0, 0.5, 0.5]]
     """
     size = np.abs(scores)
     low = (size if keep is None else np.where(keep, size, np.inf)).min(axis=1, keepdims=True)
@@ -122,6 +137,12 @@ def top_genes(scores: np.ndarray, k: int, keep: np.ndarray | None = None) -> tup
     Returns
     -------
     Positions in the order of falling score, (K, k) or (K, genes) if there are fewer, and which of them count.
+
+    Examples
+    --------
+    >>> positions, counted = metrics.top_genes(np.array([[0.5, 3.0, 1.0]]), 2)
+    >>> positions.tolist()
+    [[1, 2]]
     """
     ranked = -scores if keep is None else np.where(keep, -scores, np.inf)
     k = min(k, ranked.shape[1])

@@ -49,6 +49,11 @@ class Baseline:
         Picks real training cells: the condition they come from, and their rows.
     transport
         Whether picked cells are carried to the context by the ratio of the controls.
+
+    Examples
+    --------
+    >>> metrics.baselines.get("additive").uses[0]
+    'control cells of the context'
     """
 
     name: str
@@ -188,10 +193,24 @@ BASELINES: Mapping[str, Baseline] = {baseline.name: baseline for baseline in _AL
 def get(name: str) -> Baseline:
     """Look a baseline up.
 
+    Parameters
+    ----------
+    name
+        One of ``BASELINES``.
+
+    Returns
+    -------
+    The baseline.
+
     Raises
     ------
     DataError
         If there is none of this name.
+
+    Examples
+    --------
+    >>> metrics.baselines.get("control").name
+    'control'
     """
     if name not in BASELINES:
         raise DataError(f"there is no baseline {name!r}; baselines are {', '.join(BASELINES)}")
@@ -240,6 +259,13 @@ def predict(
     ------
     DataError
         If the baseline is unknown, a column is missing, or a condition cannot be predicted.
+
+    Examples
+    --------
+    >>> wanted = conditions.head(2)
+    >>> keys = {"perturbation_key": "perturbation", "context_keys": ["donor_id", "timepoint"], "control": "NTC"}
+    >>> metrics.baselines.predict("additive", train, wanted, n_cells=5, **keys).n_obs
+    10
     """
     import anndata as ad
     import pandas as pd

@@ -53,6 +53,11 @@ class Convention:
         Computes all values of all conditions.
     takes_lognorm
         Whether it can take log-normalised values.
+
+    Examples
+    --------
+    >>> metrics.compat.CONVENTIONS["scldm"].name
+    'scldm'
     """
 
     name: str
@@ -100,6 +105,12 @@ def evaluate(
     ------
     DataError
         If the convention is unknown, or keys, genes or conditions do not fit.
+
+    Examples
+    --------
+    >>> table = metrics.compat.evaluate(real, cells, "cell_eval_v1")
+    >>> "value" in table.columns
+    True
     """
     import pandas as pd
 
@@ -170,6 +181,12 @@ def vcc2026_score(
     ------
     DataError
         As in :func:`evaluate`.
+
+    Examples
+    --------
+    >>> table = metrics.compat.vcc2026_score(real, cells, n_splits=1)
+    >>> "score" in table.columns
+    True
     """
     import pandas as pd
 

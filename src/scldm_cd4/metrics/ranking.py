@@ -12,7 +12,22 @@ CONTEXT, PERTURBATION = "context", "perturbation"
 
 
 def spearman(truth: Any, guess: Any) -> float:
-    """Spearman correlation of scores; NaN where one side is constant."""
+    """Spearman correlation of scores; NaN where one side is constant.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+
+    Returns
+    -------
+    -1 to 1, 0 by chance.
+
+    Examples
+    --------
+    >>> metrics.ranking.spearman([1, 2, 3], [10, 20, 30])
+    1.0
+    """
     from scipy.stats import spearmanr
 
     truth, guess = _pair(truth, guess)
@@ -20,7 +35,22 @@ def spearman(truth: Any, guess: Any) -> float:
 
 
 def kendall(truth: Any, guess: Any) -> float:
-    """Kendall's tau-b of scores; NaN where one side is constant."""
+    """Kendall's tau-b of scores; NaN where one side is constant.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+
+    Returns
+    -------
+    -1 to 1, 0 by chance.
+
+    Examples
+    --------
+    >>> round(metrics.ranking.kendall([1, 2, 3], [10, 30, 20]), 3)
+    0.333
+    """
     from scipy.stats import kendalltau
 
     truth, guess = _pair(truth, guess)
@@ -31,13 +61,46 @@ def precision_at_k(truth: Any, guess: Any, k: int) -> float:
     """Share of the k best by guess that are among the k best by truth; ties count by their expected share.
 
     Chance level k / n.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+    k
+        Size of the shortlist.
+
+    Returns
+    -------
+    0 to 1, k / n by chance.
+
+    Examples
+    --------
+    >>> metrics.ranking.precision_at_k([4, 3, 2, 1], [4, 1, 3, 2], k=2)
+    0.5
     """
     truth, guess = _pair(truth, guess)
     return float(_membership(truth, k) @ _membership(guess, k) / _size(truth, k))
 
 
 def enrichment(truth: Any, guess: Any, k: int) -> float:
-    """`precision_at_k` over its chance level k / n; 1 by chance."""
+    """`precision_at_k` over its chance level k / n; 1 by chance.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+    k
+        Size of the shortlist.
+
+    Returns
+    -------
+    At least 0.
+
+    Examples
+    --------
+    >>> metrics.ranking.enrichment([4, 3, 2, 1], [4, 3, 2, 1], k=2)
+    2.0
+    """
     truth, guess = _pair(truth, guess)
     return precision_at_k(truth, guess, k) * len(truth) / _size(truth, k)
 
@@ -47,6 +110,22 @@ def ndcg(truth: Any, guess: Any, k: int | None = None) -> float:
 
     1 for the true order. Ties of the guess share their discounts (McSherry & Najork 2008). NaN where the truth is
     constant.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+    k
+        Items that count; None: all.
+
+    Returns
+    -------
+    0 to 1, best 1.
+
+    Examples
+    --------
+    >>> round(metrics.ranking.ndcg([4, 3, 2, 1], [4, 3, 2, 1], k=2), 6)
+    1.0
     """
     from sklearn.metrics import ndcg_score
 
@@ -57,13 +136,47 @@ def ndcg(truth: Any, guess: Any, k: int | None = None) -> float:
 
 
 def regret_at_k(truth: Any, guess: Any, k: int) -> float:
-    """Mean true score of the k truly best minus that of the k best by guess; 0 is best, ties count in expectation."""
+    """Mean true score of the k truly best minus that of the k best by guess; 0 is best, ties count in expectation.
+
+    Parameters
+    ----------
+    truth, guess
+        True and guessed scores of the same items, higher is better, (n,).
+    k
+        Size of the shortlist.
+
+    Returns
+    -------
+    At least 0, in units of the true scores.
+
+    Examples
+    --------
+    >>> metrics.ranking.regret_at_k([4, 3, 2, 1], [4, 1, 3, 2], k=2)
+    0.5
+    """
     truth, guess = _pair(truth, guess)
     return float((_membership(truth, k) - _membership(guess, k)) @ truth / _size(truth, k))
 
 
 def auroc(is_positive: Any, guess: Any) -> float:
-    """Area under the ROC curve of known positives; 1/2 by chance, NaN without positives or negatives."""
+    """Area under the ROC curve of known positives; 1/2 by chance, NaN without positives or negatives.
+
+    Parameters
+    ----------
+    is_positive
+        Which items are known to be right, (n,).
+    guess
+        Guessed scores, (n,).
+
+    Returns
+    -------
+    0 to 1.
+
+    Examples
+    --------
+    >>> metrics.ranking.auroc([True, True, False], [0.9, 0.4, 0.5])
+    0.5
+    """
     positive, guess = _pair(is_positive, guess)
     if set(np.unique(positive)) != {0.0, 1.0}:
         return np.nan
@@ -75,7 +188,29 @@ def auroc(is_positive: Any, guess: Any) -> float:
 def bootstrap_auroc(
     is_positive: Any, guess: Any, *, n_boot: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Area under the ROC curve with a percentile interval from redrawn positives and negatives: value, low, high."""
+    """Area under the ROC curve with a percentile interval from redrawn positives and negatives: value, low, high.
+
+    Parameters
+    ----------
+    is_positive, guess
+        As for `scldm_cd4.metrics.ranking.auroc`.
+    n_boot
+        Redraws.
+    level
+        Share of the redraws that the interval holds.
+    seed
+        Of the redraws.
+
+    Returns
+    -------
+    The area, and the ends of its interval.
+
+    Examples
+    --------
+    >>> value, low, high = metrics.ranking.bootstrap_auroc(truth > 9, guess, n_boot=50)
+    >>> low <= value <= high
+    True
+    """
     positive, guess = _pair(is_positive, guess)
     value = auroc(positive, guess)
     if np.isnan(value):
@@ -113,6 +248,13 @@ def compare(truth: Any, rankings: Mapping[str, Any], *, k: int = 20, known: Iter
     ------
     DataError
         There are fewer than three perturbations, one is listed twice, or none of the known is among them.
+
+    Examples
+    --------
+    >>> truth = pd.Series([3.0, 2.0, 1.0, 0.0], index=["A", "B", "C", "D"])
+    >>> table = metrics.ranking.compare(truth, {"mine": truth, "other": -truth}, k=2)
+    >>> float(table.loc["mine", "spearman"])
+    1.0
     """
     truth = pd.Series(truth, dtype=float)
     if len(truth) < 3 or not truth.index.is_unique or not np.isfinite(truth).all():
@@ -167,6 +309,18 @@ def baselines(
     its other contexts; ``mean_context``, the score of the mean effect of all perturbations in the context (equal for
     all, so it orders contexts only); ``effect_size``, the L2 norm of the transferred effect; ``random``. NaN where
     training has nothing to take.
+
+    Raises
+    ------
+    DataError
+        A condition is both wanted and among the training effects.
+
+    Examples
+    --------
+    >>> effects = {("D1", "A"): [1.0, 0.0], ("D2", "A"): [3.0, 0.0], ("D1", "B"): [0.0, 1.0]}
+    >>> table = metrics.ranking.baselines(effects, [("D2", "B")], lambda e: e[:, 1])
+    >>> table["transfer"].tolist()
+    [1.0]
     """
     if missing := [key for key in wanted if key in effects]:
         raise DataError(f"{missing[0]} is both wanted and among the training effects, which would give it away")

@@ -43,6 +43,11 @@ class Metric:
         keeps from 0), or of no signal (``chance``: agreement).
     ranked
         Whether it enters rank averages; of several that say almost the same one is chosen.
+
+    Examples
+    --------
+    >>> metrics.registry.METRICS["mmd2"].best
+    0.0
     """
 
     name: str
@@ -294,10 +299,24 @@ PROFILES: Mapping[str, tuple[str, ...]] = {
 def resolve(profile: str | Iterable[str]) -> tuple[str, ...]:
     """Give the metrics of a profile, or check a list of metrics; in the order of :data:`METRICS`.
 
+    Parameters
+    ----------
+    profile
+        Name of a profile (``minimal``, ``paper``, ``distribution``, ``full``), or names of metrics.
+
+    Returns
+    -------
+    Names of metrics.
+
     Raises
     ------
     DataError
         If the profile or a metric is unknown, or there is none.
+
+    Examples
+    --------
+    >>> metrics.registry.resolve(["mmd2", "pearson_delta"])
+    ('mmd2', 'pearson_delta')
     """
     if isinstance(profile, str):
         if profile not in PROFILES:

@@ -33,6 +33,12 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> lis
     ------
     DataError
         There are fewer than 4 reference cells.
+
+    Examples
+    --------
+    >>> places, others = pl.embed_like(z, x, y, seed=0)
+    >>> places.shape == (len(x), 2)
+    True
     """
     if len(reference) < 4:
         raise DataError(f"a UMAP needs at least 4 reference cells, got {len(reference)}")
@@ -89,6 +95,10 @@ def embedding(
     ------
     DataError
         There is not one group per cell, or more than 7 groups are to be named.
+
+    Examples
+    --------
+    >>> ax = pl.embedding(x[:, :2], real.obs["perturbation"], named=["GATA3", "NTC"], title="SIMULATED")
     """
     groups = np.asarray(groups).astype(str)
     coordinates = np.asarray(coordinates)
@@ -144,6 +154,12 @@ def real_vs_generated(
     Returns
     -------
     The Figure.
+
+    Examples
+    --------
+    >>> places, others = pl.embed_like(z, x, y, seed=0)
+    >>> groups = real.obs["perturbation"], cells.obs["perturbation"]
+    >>> figure = pl.real_vs_generated(places, others, *groups, named=["GATA3", "NTC"], title="SIMULATED")
     """
     figure = _new_figure((13.0, 4.9))
     axes = figure.subplots(1, 3)

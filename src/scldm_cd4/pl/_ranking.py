@@ -35,6 +35,12 @@ def waterfall(table: Any, *, known: Iterable[str] = (), n_named: int = 5, title:
     ------
     DataError
         The table has several groups of contexts, or none of `known`.
+
+    Examples
+    --------
+    >>> ax = pl.waterfall(ranked, known=["GATA3"], title="SIMULATED")
+    >>> ax.get_xlabel()
+    'rank'
     """
     rows = _one_group(table)
     known = set(known)
@@ -94,6 +100,11 @@ def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None)
     ------
     DataError
         The table has a single group of contexts.
+
+    Examples
+    --------
+    >>> table = model.rank_perturbations(signature, donor="each", timepoint="each", n_cells=20, seed=0)
+    >>> ax = pl.ranking_heatmap(table, title="SIMULATED")
     """
     values = table.pivot_table("score", "perturbation", ["timepoint", "donor"], sort=False, observed=True)
     if values.shape[1] < 2:
@@ -129,6 +140,10 @@ def candidate_card(table: Any, perturbation: str, *, title: str | None = None) -
     ------
     DataError
         The table has several groups of contexts, or not this perturbation.
+
+    Examples
+    --------
+    >>> figure = pl.candidate_card(ranked, "GATA3", title="GATA3, SIMULATED")
     """
     rows = _one_group(table).set_index("perturbation")
     if perturbation not in rows.index:

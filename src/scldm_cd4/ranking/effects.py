@@ -69,7 +69,17 @@ class Change:
 
 
 class EffectSource(Protocol):
-    """Where effects come from. `scldm_cd4.CD4Model.rank_perturbations` takes one as ``effects=``."""
+    """Where effects come from. `scldm_cd4.CD4Model.rank_perturbations` takes one as ``effects=``.
+
+    Examples
+    --------
+    >>> class Mine:
+    ...     name = "mine"
+    ...     def controls(self, contexts, n_cells): ...
+    ...     def changes(self, names, controls, n_cells): ...
+    >>> hasattr(Mine(), "controls") and hasattr(Mine(), "changes")
+    True
+    """
 
     @property
     def name(self) -> str:

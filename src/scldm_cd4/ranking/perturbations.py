@@ -54,7 +54,32 @@ def rank(
     adata: Any = None,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """Rank perturbations of a trained model; see `rank_perturbations`."""
+    """Rank perturbations of a trained model; see `rank_perturbations`.
+
+    Parameters
+    ----------
+    trained
+        Networks and registry of a model.
+    sampling
+        Seed, solver, guidance and device of the generated cells.
+    target, perturbations, donor, timepoint, direction, effects, n_cells
+        As for `rank_perturbations`.
+    method, racing, top_k, min_effect, n_boot, off_target
+        As for `rank_perturbations`.
+    adata
+        The cells of the model, which some targets and observed effects need.
+    workers
+        Threads that generate; None goes by the machine.
+
+    Returns
+    -------
+    The table of `rank_perturbations`.
+
+    Raises
+    ------
+    DataError
+        As for `rank_perturbations`.
+    """
     registry = trained.registry
     if registry.control is None:
         raise DataError("ranking compares with the control, but none was declared: setup_anndata(..., control=...)")
@@ -185,6 +210,13 @@ def rank_perturbations(
         A label is unknown or was never trained.
     NotTrainedError
         A stage is not trained.
+
+    Examples
+    --------
+    >>> target = {"up": list(adata.var_names[:6]), "down": list(adata.var_names[6:12])}
+    >>> table = model.rank_perturbations(target, n_cells=20, seed=0)
+    >>> table["perturbation"].tolist() == table.sort_values("rank")["perturbation"].tolist()
+    True
     """
     from scldm_cd4._settings import settings
 
