@@ -12,7 +12,7 @@ import scldm_cd4
 
 project = "scldm_cd4"
 author = "The scldm_cd4 developers"
-copyright = f"2026, {author}"  # noqa: A001 - Sphinx's own name
+copyright = f"2026, {author}"
 version = release = scldm_cd4.__version__
 
 extensions = [
