@@ -320,8 +320,8 @@ def _levels(values: Any, codes: np.ndarray, n_groups: int, mean: str) -> np.ndar
 def de_recovery(real: np.ndarray, pred: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 of predicted against real significant genes.
 
-    With R real, P predicted and B genes in both, F1 = 2 B / (R + P). Range 0 to 1, best 1; a random set of the same size
-    has precision R / genes.
+    With R real genes, P predicted and B in both, F1 = 2 B / (R + P). Range 0 to 1, best 1; a random set of the same
+    size has precision R / genes.
 
     Parameters
     ----------
