@@ -11,6 +11,7 @@ from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
+from scldm_cd4.data.rows import place_columns
 from scldm_cd4.data.setup import (
     SETUP_KEY,
     fit_registry,
@@ -216,22 +217,16 @@ class CellData:
 
     def _select(self, block: Any) -> Any:
         out = self._to_model(block)
-        out.data = np.rint(out.data).astype(np.float32)
-        out.eliminate_zeros()
-        out.indices, out.indptr = out.indices.astype(np.int32), out.indptr.astype(np.int32)
+        out.data = np.rint(out.data).astype(np.float32, copy=False)
+        if not out.data.all():
+            out.eliminate_zeros()
+        out.indices, out.indptr = out.indices.astype(np.int32, copy=False), out.indptr.astype(np.int32, copy=False)
         return out
 
     def _to_model(self, block: Any) -> Any:
         """Return a block of the reader with the model's genes as columns."""
-        from scipy import sparse
-
-        column = self._target[block.indices]
-        keep = column >= 0
-        indptr = np.concatenate([[0], np.cumsum(keep)])[block.indptr]
-        shape = (block.shape[0], self.registry.n_genes)
-        out = sparse.csr_matrix((block.data[keep], column[keep], indptr), shape=shape)
-        out.sort_indices()
-        return out
+        same = len(self._target) == self.n_genes and np.array_equal(self._target, np.arange(self.n_genes))
+        return place_columns(block, None if same else self._target, self.n_genes)
 
 
 def _keys(adata: Any, registry: Registry) -> dict[str, str | None]:

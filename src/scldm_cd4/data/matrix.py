@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.data.rows import RowSource, row_source
 from scldm_cd4.registry import suggestion
 
 CHUNK = 1 << 24
@@ -17,10 +18,10 @@ MAX_TOTAL = 1e6
 
 
 class RowReader:
-    """Rows of ``X`` or of a layer as sparse blocks: dense, CSR, CSC, in memory, a view or backed.
+    """Rows of ``X`` or of a layer as sparse blocks: dense, CSR, CSC, in memory, a view or in files.
 
-    Blocks are CSR float64 with the columns of the AnnData, sorted, without explicit zeros, duplicates summed. A backed
-    CSC matrix cannot be read by rows and is loaded; of other backed matrices only the rows asked for are read.
+    Blocks are CSR with the columns of the AnnData, sorted, without explicit zeros, duplicates summed; float32 where it
+    is stored so, else float64. Of matrices in files only the rows asked for are read (all of a CSC matrix).
     """
 
     def __init__(self, adata: Any, layer: str | None = None) -> None:
@@ -35,7 +36,7 @@ class RowReader:
             self._rows, self._columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
             adata = parent
         self._width: int = adata.n_vars
-        self._source = _row_readable(adata.X if layer is None else adata.layers[layer], self.where)
+        self.source: RowSource = row_source(adata.X if layer is None else adata.layers[layer], self.where)
 
     def read(self, rows: slice | np.ndarray) -> Any:
         """Return a block of rows, given as a slice or in any order, also repeated."""
@@ -43,9 +44,10 @@ class RowReader:
             rows = self._rows[rows]
         if isinstance(rows, slice):
             return self._block(rows)
+        if (np.diff(rows) > 0).all():
+            return self._block(rows)
         unique, inverse = np.unique(rows, return_inverse=True)
-        block = self._block(unique)
-        return block if np.array_equal(unique, rows) else block[inverse]
+        return self._block(unique)[inverse]
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Any]]:
         """Yield all rows in order, as slices and blocks of `size` cells (None: as many as fit `CHUNK`)."""
@@ -57,42 +59,23 @@ class RowReader:
     def _block(self, rows: slice | np.ndarray) -> Any:
         from scipy import sparse
 
-        block = self._source[rows]
+        block = self.source.read(rows)
         if not sparse.issparse(block):
             block = np.asarray(block)
             _check_dtype(block, self.where)
             return sparse.csr_matrix(block if self._columns is None else block[:, self._columns], dtype=np.float64)
-        block = block.tocsr()
         _check_dtype(block.data, self.where)
         if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < self._width:
             raise DataError(f"{self.where} has column indices outside 0..{self._width - 1}: the matrix is damaged")
         if self._columns is not None:
             block = block[:, self._columns]
-        parts = (block.data.astype(np.float64), block.indices.astype(np.int32), block.indptr.astype(np.int64))
-        out = sparse.csr_matrix(parts, shape=(block.shape[0], self.shape[1]))
+        data = block.data if block.dtype == np.float32 else block.data.astype(np.float64)
+        parts = (data, block.indices.astype(np.int32, copy=False), block.indptr)
+        out = sparse.csr_matrix(parts, shape=(block.shape[0], self.shape[1]), copy=np.shares_memory(data, block.data))
         out.sum_duplicates()  # sorts the indices too
-        out.eliminate_zeros()
+        if not out.data.all():
+            out.eliminate_zeros()
         return out
-
-
-def _row_readable(matrix: Any, where: str) -> Any:
-    import h5py
-    from anndata.abc import CSCDataset, CSRDataset
-    from scipy import sparse
-
-    if matrix is None:
-        raise DataError(f"{where} is empty; name the layer that holds the raw counts: layer=...")
-    if isinstance(matrix, CSCDataset):
-        matrix = matrix.to_memory()
-    if sparse.issparse(matrix):
-        return matrix if matrix.format == "csr" else matrix.tocsr()
-    if isinstance(matrix, CSRDataset | h5py.Dataset):
-        return matrix
-    if isinstance(matrix, np.ndarray):
-        return np.asarray(matrix)
-    raise DataError(
-        f"{where} is a {type(matrix).__name__}; counts must be a numpy array, a scipy sparse or a backed matrix"
-    )
 
 
 def _check_dtype(values: np.ndarray, where: str) -> None:
@@ -140,7 +123,7 @@ def check_block(block: Any, start: int, where: str, obs_names: Any, genes: Any, 
             f"{where} must hold raw counts (finite, >= 0, whole), but has {block.data[at]:g} at cell "
             f"{obs_names[start + row]!r} (row {start + row}), gene {gene!r}.{hint}"
         )
-    totals = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
+    totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
     if len(totals) and totals.max() > MAX_TOTAL:
         row = int(totals.argmax())
         raise DataError(
