@@ -18,7 +18,13 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of the cells of each part, int64, ascending; every cell is in exactly one."""
+    """Which cells are in which part; every cell is in exactly one.
+
+    Attributes
+    ----------
+    train, validation, test
+        Numbers of the cells of each part, int64, ascending.
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -54,6 +60,10 @@ def make_split(
         Share of the cells for validation, for None and a dict without it.
     seed
         Of the random shares.
+
+    Returns
+    -------
+    The split.
 
     Raises
     ------

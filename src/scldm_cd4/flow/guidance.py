@@ -52,6 +52,10 @@ def guided(
     unconditional
         Index of the unconditional row of each attribute (3,).
 
+    Returns
+    -------
+    Callable of x, t and labels, as `velocity`.
+
     Raises
     ------
     ValueError
