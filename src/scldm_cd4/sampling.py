@@ -1,14 +1,14 @@
 """Conditions to generated cells: work units, latents, counts.
 
-A request becomes work units: plain data that say which replicates of which conditions share a network pass. A unit can
+A request becomes work units: plain data that say which replicates of which conditions are computed together. A unit can
 be computed by any thread or process, in any order. Its cells do not depend on the other units, nor on their place in
-the unit: noise is keyed by condition and replicate (`noise`), every pass has the same number of rows (the last unit is
-padded), that number is a multiple of `ALIGN` so that no row falls into the tail of a vectorised loop, and on a CPU each
-unit is computed by one thread, as the split of a loop over threads would depend on their number.
+the unit: noise is keyed by condition and replicate (`noise`), a unit goes through the networks in passes of a constant
+number of rows (the last is padded), that number is a multiple of `ALIGN` so that no row falls into the tail of a
+vectorised loop, and on a CPU each unit is computed by one thread, as the split of a loop over threads would depend on
+their number.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
 
 from scldm_cd4._errors import DataError
 from scldm_cd4._parallel import in_order, one_thread_each
+from scldm_cd4._passes import ALIGN, Passes, pass_rows
+from scldm_cd4._precision import choose
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
 from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
@@ -32,11 +33,11 @@ from scldm_cd4.size_factors import SizeFactors
 
 Output = Literal["counts", "mean", "lognorm", "latent"]
 OUTPUTS = ("counts", "mean", "lognorm", "latent")
-ALIGN = 64
-"""Rows of a network pass are a multiple of this: 64 floats are four of the widest vectors of a CPU."""
 TARGET_SUM = 1e4
-PRECISIONS = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 CPU_BATCH, GPU_BATCH = 128, 1024
+"""Cells of a work unit."""
+CPU_DECODED = 32
+"""Rows of a pass through the decoder on a CPU, at most: values of all genes are large and should stay in the caches."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,12 @@ class Sampling:
             raise DataError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
         if isinstance(n_steps, bool) or not isinstance(n_steps, int | np.integer) or n_steps < 1:
             raise DataError(f"n_steps must be a whole number of at least 1, got {n_steps!r}")
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-        if str(precision) not in PRECISIONS:
-            raise DataError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
+        name = choose(precision, device).name
         size = (GPU_BATCH if device.type == "cuda" else CPU_BATCH) if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DataError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         rows = ALIGN * -(-int(size) // ALIGN)
-        return cls(int(seed), output, guidance, solver, int(n_steps), PRECISIONS[str(precision)], rows)  # type: ignore[arg-type]
+        return cls(int(seed), output, guidance, solver, int(n_steps), name, rows)  # type: ignore[arg-type]
 
 
 def used_roles(dit: DiT, guidance: Guidance) -> frozenset[str]:
@@ -118,7 +116,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """The cells of one network pass; plain data, which any process can turn into cells."""
+    """Cells that are computed together; plain data, which any process can turn into cells."""
 
     first: int
     """Row of its first cell in the output."""
@@ -186,6 +184,8 @@ class Sampler:
         self.vae, self.dit, self.registry, self.sampling = vae, dit, registry, sampling
         self.noise_labels = noise_labels
         self.device = next(dit.parameters()).device
+        rows = pass_rows(vae.config.latent_tokens, self.device, sampling.batch_size)
+        self._passes = Passes(rows, self.device, choose(sampling.precision, self.device))
         self.used = used_roles(dit, sampling.guidance)
         self.velocity = self.velocity_at(sampling.guidance)
         self._code = [{level: i for i, level in enumerate(a.levels)} for a in registry.attributes]
@@ -228,32 +228,24 @@ class Sampler:
 
     def _library(self, s: Segment) -> NDArray[np.float64]:
         uniform = library_uniforms(self.sampling.seed, self.noise_labels(s.labels), s.block, s.start, s.stop)
-        return size_factors_of(self.registry).sample(s.labels[0], s.labels[1], uniform)
+        return size_factors_of(self.registry).sample(s.labels[0], s.labels[1], uniform, s.labels[2])
 
     def _uniforms(self, s: Segment) -> NDArray[np.float64]:
         labels = self.noise_labels(s.labels)
         return count_uniforms(self.sampling.seed, labels, s.block, s.start, s.stop, self.vae.n_genes)
 
-    @torch.inference_mode()
     def flow(
         self, x: NDArray[np.float32], codes: NDArray[np.int64], *, reverse: bool = False, velocity: Any = None
     ) -> NDArray[np.float32]:
-        """Carry states (n, S, L) to the other end of the flow, n up to the batch size; padded to constant shape."""
-        n = len(x)
-        pad = np.concatenate([np.arange(n), np.zeros(self.sampling.batch_size - n, dtype=np.int64)])
-        state, labels = (torch.from_numpy(values[pad]).to(self.device) for values in (x, codes))
-        with self._autocast():
-            z = solve(
-                velocity or self.velocity,
-                state,
-                labels,
-                solver=self.sampling.solver,
-                n_steps=self.sampling.n_steps,
-                reverse=reverse,
-            )
-        return z[:n].float().cpu().numpy()
+        """Carry states (n, S, L) of labels (n, 3) to the other end of the flow."""
 
-    @torch.inference_mode()
+        def carry(state: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            solver, n_steps = self.sampling.solver, self.sampling.n_steps
+            field = velocity or self.velocity
+            return solve(field, state, labels, solver=solver, n_steps=n_steps, reverse=reverse)
+
+        return np.concatenate(list(self._passes(carry, x, codes)))
+
     def express(
         self,
         latent: NDArray[np.float32],
@@ -262,33 +254,19 @@ class Sampler:
         uniforms: NDArray[np.float64] | None,
     ) -> Any:
         """Decode latents (n, S, L) of labels (n, 3) at library sizes (n,): means, or counts at uniforms (n, G)."""
-        parts = []
-        for start in range(0, len(latent), ALIGN):
-            rows = slice(start, start + ALIGN)
-            mu, theta = self._decode(latent[rows], codes[rows], library[rows])
-            if uniforms is None:
-                parts.append(mu.float().cpu().numpy())
-                continue
-            mean, inverse_dispersion = (t.double().cpu().numpy() for t in (mu, theta))
-            counts = sparse.csr_matrix(nb_quantile(uniforms[rows], mean, inverse_dispersion))
-            parts.append(lognormal(counts) if self.sampling.output == "lognorm" else counts)
-        return np.concatenate(parts) if uniforms is None else sparse.vstack(parts, format="csr")
 
-    def _decode(
-        self, latent: NDArray[np.float32], codes: NDArray[np.int64], library: NDArray[np.float64]
-    ) -> tuple[Tensor, Tensor]:
-        n = len(latent)
-        pad = np.concatenate([np.arange(n), np.zeros(ALIGN - n, dtype=np.int64)])
-        z, labels = (torch.from_numpy(values[pad]).to(self.device) for values in (latent, codes))
-        total = torch.from_numpy(library[pad, None].astype(np.float32)).to(self.device)
-        with self._autocast():
-            mu, theta = self.vae.decode(z, self._genes, total, labels)
-        return mu[:n], theta[:n] if len(theta) > 1 else theta
+        def decode(
+            z: torch.Tensor, labels: torch.Tensor, total: torch.Tensor, u: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            mu, theta = self.vae.decode(z, self._genes, total.float()[:, None], labels)
+            return mu.float() if u is None else nb_quantile(u, mu.double(), theta.double())
 
-    def _autocast(self) -> Any:
-        if self.sampling.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        inputs = [latent, codes, library, *(() if uniforms is None else (uniforms,))]
+        parts = self._passes(decode, *inputs, at_most=CPU_DECODED if self.device.type == "cpu" else None)
+        if uniforms is None:
+            return np.concatenate(list(parts))
+        counts = sparse.vstack([sparse.csr_matrix(part) for part in parts], format="csr")
+        return lognormal(counts) if self.sampling.output == "lognorm" else counts
 
 
 def size_factors_of(registry: Registry) -> SizeFactors:
@@ -331,7 +309,7 @@ def resolve_library(registry: Registry, requests: Sequence[Request], size_factor
                 f"size_factors takes None, 'context', a number or one number per cell, got {size_factors!r}"
             )
         known = size_factors_of(registry)
-        typical = [known.sample(r.labels[0], r.labels[1], np.array([0.5]))[0] for r in requests]
+        typical = [known.sample(*r.labels[:2], np.array([0.5]), r.labels[2])[0] for r in requests]
         return np.repeat(np.array(typical), numbers)
     return given_library(size_factors, sum(numbers))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scldm_cd4.flow import SOLVERS, drop_labels, flow_loss, interpolate, pair, solve
-from scldm_cd4.flow.solvers import time_grid
+from scldm_cd4.flow.solvers import evaluations, time_grid
 
 UNCONDITIONAL = torch.tensor([4, 3, 9])
 
@@ -92,7 +92,7 @@ def exponential(x, t, labels):
     return t[:, None] * x  # x(1) = x(0) e^(1/2)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 2), ("rk4", 4)])
 def test_solvers_converge_at_their_order(solver, order):
     x = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
     labels, exact = torch.zeros(5, 3, dtype=torch.long), x * math.exp(0.5)
@@ -130,6 +130,38 @@ def test_solvers_see_times_and_labels_of_their_cells():
     assert [t[0].item() for t, _ in seen] == [0.0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "dopri5"])
+def test_evaluations_are_counted(solver):
+    calls = []
+
+    def velocity(x, t, labels):
+        calls.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    solve(velocity, torch.ones(2, 2), labels_of(2), solver=solver, n_steps=5)
+    assert len(calls) == evaluations(solver, 5)
+    assert evaluations("dopri5", 5) is None
+
+
+def test_ab2_is_of_second_order_on_an_uneven_grid():
+    x, labels = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.long)
+    errors = [
+        (solve(exponential, x, labels, solver="ab2", n_steps=n, shift=0.5) - math.exp(0.5)).abs().item()
+        for n in (20, 40)
+    ]
+    assert 3.2 < errors[0] / errors[1] < 4.8
+
+
+def test_state_keeps_its_precision_where_the_network_is_coarser():
+    def velocity(x, t, labels):
+        return torch.full_like(x, 1 / 3).bfloat16()
+
+    x = solve(velocity, torch.zeros(1, 1), torch.zeros(1, 3, dtype=torch.long), solver="euler", n_steps=7)
+    assert x.dtype == torch.float32
+    third = float(torch.tensor(1 / 3).bfloat16())
+    assert x.item() == pytest.approx(third, rel=1e-6)
+
+
 def test_shift_puts_steps_near_the_noise_and_keeps_the_ends():
     even, shifted = time_grid(10), time_grid(10, 3.0)
     assert even == pytest.approx([i / 10 for i in range(11)])
@@ -148,7 +180,7 @@ def test_impossible_grids_are_refused(bad):
 
 def test_one_step_is_enough_for_a_straight_flow():
     x0, x1 = torch.randn(2, 4, 3, generator=generator())
-    for solver in ("euler", "midpoint", "heun", "rk4"):
+    for solver in ("euler", "midpoint", "heun", "rk4", "ab2"):
         end = solve(lambda x, t, c: x1 - x0, x0, torch.zeros(4, 3, dtype=torch.long), solver=solver, n_steps=1)
         torch.testing.assert_close(end, x1)
 

@@ -64,8 +64,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, S, D) and condition (B, 1, D) -> (B, S, D)."""
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.adaln_modulation(c).chunk(6, dim=-1)  # (B, 1, D)
-        x = x + gate_1 * self.attn(self.ln_1(x) * (1 + scale_1) + shift_1)
-        return x + gate_2 * self.mlp(self.ln_2(x) * (1 + scale_2) + shift_2)
+        x = torch.addcmul(x, gate_1, self.attn(modulate(self.ln_1(x), scale_1, shift_1)))
+        return torch.addcmul(x, gate_2, self.mlp(modulate(self.ln_2(x), scale_2, shift_2)))
 
 
 class FinalLayer(nn.Module):
@@ -81,7 +81,12 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, S, D) and condition (B, 1, D) -> (B, S, L)."""
         shift, scale = self.adaln_modulation(c).chunk(2, dim=-1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)
+        return self.linear(modulate(self.norm(x), scale, shift))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return x (1 + scale) + shift, for x (B, S, D) and scale and shift (B, 1, D), in one pass over the memory."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class DiT(nn.Module):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
@@ -53,8 +52,8 @@ def poisson_log_prob(x: Tensor, mu: Tensor) -> Tensor:
     return x * torch.log(mu + EPS) - mu - torch.lgamma(x + 1)
 
 
-def nb_quantile(u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Smallest count k with NB(k; mu, theta) cumulative probability of at least `u`.
+def nb_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    """Smallest count k with NB(k; mu, theta) cumulative probability of at least `u`, on the device of the tensors.
 
     One uniform number makes one count, so that a small change of `mu` moves few counts and cells that share their
     uniforms share their sampling noise. Probabilities are summed from 0 upward by
@@ -63,51 +62,52 @@ def nb_quantile(u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[
     Parameters
     ----------
     u
-        Uniform numbers in [0, 1), shape (n, G).
+        Uniform numbers in [0, 1), float64 (n, G).
     mu
-        Means, shape (n, G).
+        Means, float64 (n, G).
     theta
-        Inverse dispersions, broadcastable to `mu`; infinite is the Poisson limit.
+        Inverse dispersions, float64, broadcastable to `mu`; infinite is the Poisson limit.
 
     Returns
     -------
     Whole numbers as float32, shape (n, G).
     """
-    theta = np.broadcast_to(theta, mu.shape)
-    with np.errstate(invalid="ignore"):  # 0 * inf, replaced by the Poisson limit
-        log_p0 = np.where(np.isinf(theta), -mu, -theta * np.log1p(mu / theta))
-    out = np.zeros(mu.size, np.float32)
-    p = np.exp(log_p0).ravel()
-    active = np.flatnonzero(u.ravel() >= p)
-    far = log_p0.ravel()[active] < -600.0
-    hard, active = active[far], active[~far]
-    if len(hard):
-        out[hard] = _scipy_quantile(u.ravel()[hard], mu.ravel()[hard], theta.ravel()[hard])
+    poisson = torch.isinf(theta)
+    finite = torch.where(poisson, 1.0, theta)
+    log_p0 = torch.where(poisson, -mu, -finite * torch.log1p(mu / finite))
+    p = torch.exp(log_p0).flatten()
+    out = torch.zeros(mu.numel(), dtype=torch.float32, device=mu.device)
+    active = torch.nonzero(u.flatten() >= p)[:, 0]
+    far = log_p0.flatten()[active] < -600.0
+    theta = theta.expand_as(mu).flatten()
+    if far.any():
+        hard = active[far]
+        out[hard] = _scipy_quantile(u.flatten()[hard], mu.flatten()[hard], theta[hard])
+        active = active[~far]
     # the running state of the elements whose cumulative probability is still below u
-    u, m, th, p = u.ravel()[active], mu.ravel()[active], theta.ravel()[active], p[active]
-    with np.errstate(invalid="ignore"):
-        ratio = np.where(np.isinf(th), m, m / (m + th))
-        start = np.where(np.isinf(th), 1.0, th)
-        slope = np.where(np.isinf(th), 0.0, 1.0)
-    cumulative, k = p.copy(), 0
+    u, m, th, p = (x.flatten()[active] for x in (u, mu, theta, p))
+    infinite = torch.isinf(th)
+    ratio = torch.where(infinite, m, m / (m + th))
+    start, slope = torch.where(infinite, 1.0, th), torch.where(infinite, 0.0, 1.0)
+    cumulative, k = p.clone(), 0
     while len(active):
         p = p * (start + slope * k) / (k + 1) * ratio
         cumulative = cumulative + p
         k += 1
         # p below the rounding of 1 cannot move the sum any more: u lies beyond what doubles resolve
         done = (u < cumulative) | ((p < 1e-18) & (k > m))
-        if done.any():
-            out[active[done]] = k
-            keep = ~done
-            active, u, p, cumulative = active[keep], u[keep], p[keep], cumulative[keep]
-            ratio, start, slope, m = ratio[keep], start[keep], slope[keep], m[keep]
-    return out.reshape(mu.shape)
+        out[active[done]] = k
+        keep = torch.nonzero(~done)[:, 0]
+        active, u, p, cumulative = active[keep], u[keep], p[keep], cumulative[keep]
+        ratio, start, slope, m = ratio[keep], start[keep], slope[keep], m[keep]
+    return out.view(mu.shape)
 
 
-def _scipy_quantile(u: NDArray[np.float64], mu: NDArray[np.float64], theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    poisson = np.isinf(theta)
-    out = np.empty_like(mu)
-    out[poisson] = stats.poisson.ppf(u[poisson], mu[poisson])
+def _scipy_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    q, m, th = (x.cpu().numpy() for x in (u, mu, theta))
+    poisson = np.isinf(th)
+    out = np.empty_like(m)
+    out[poisson] = stats.poisson.ppf(q[poisson], m[poisson])
     nb = ~poisson
-    out[nb] = stats.nbinom.ppf(u[nb], theta[nb], theta[nb] / (theta[nb] + mu[nb]))
-    return np.maximum(out, 0.0)
+    out[nb] = stats.nbinom.ppf(q[nb], th[nb], th[nb] / (th[nb] + m[nb]))
+    return torch.from_numpy(np.maximum(out, 0.0)).to(mu.device, torch.float32)

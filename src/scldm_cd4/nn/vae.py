@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scldm_cd4.config import ROLES, VAEConfig
+from scldm_cd4.nn.decoding import folds, gene_outputs
 from scldm_cd4.nn.layers import Block, CrossBlock
 from scldm_cd4.nn.likelihood import nb_log_prob, poisson_log_prob
 
@@ -88,7 +89,15 @@ class Encoder(nn.Module):
 
     def tokens(self, keys_values: Tensor, mask: Tensor | None) -> Tensor:
         """Projected gene tokens (B, W, 2E) -> tokens before the latent projection (B, S, E)."""
-        x = self.ca_layer(keys_values, mask=mask)
+        return self._trunk(self.ca_layer(keys_values, mask=mask))
+
+    def tokens_from_heads(self, heads: Tensor) -> Tensor:
+        """Map what the heads of the first attention gathered (B, S, E) to tokens before the latent projection."""
+        first = self.ca_layer
+        y = first.inducing_points + first.attn.dropout(first.attn.c_proj(heads))
+        return self._trunk(y + first.mlp(first.ln_2(y)))
+
+    def _trunk(self, x: Tensor) -> Tensor:
         if self.positional:
             x = x + self.pos_embed
         for block in self.encoder_layers:
@@ -122,16 +131,20 @@ class Decoder(nn.Module):
         if not c.shared_embedding:
             self.gene_embedding = nn.Embedding(n_genes + 1, c.width)
 
-    def forward(self, z: Tensor, gene_vectors: Tensor) -> Tensor:
-        """Latent (B, S, L) and gene vectors (1 or B, W, E) -> (B, W, E)."""
+    def tokens(self, z: Tensor) -> Tensor:
+        """Latent (B, S, L) -> the tokens that the genes attend to (B, S, E)."""
         if self.cross_projection:
             x = self.decoder_latent_ca(self.decoder_latent_ca.keys_values(z))
         else:
             x = self.decoder_latent_input(z)
         for block in self.decoder_layers:
             x = block(x)
+        return x
+
+    def forward(self, z: Tensor, gene_vectors: Tensor) -> Tensor:
+        """Latent (B, S, L) and gene vectors (1 or B, W, E) -> (B, W, E)."""
         cross = self.decoder_cross_attention
-        return cross(cross.keys_values(x), gene_vectors)
+        return cross(cross.keys_values(self.tokens(z)), gene_vectors)
 
 
 class LinearPath(nn.Module):
@@ -225,7 +238,12 @@ class CountHead(nn.Module):
 
         theta is (1 or B, W) with a table per gene, (B, W) else, and infinite (1, 1) for Poisson.
         """
-        out = self.params(h).float()
+        return self.distribution(self.params(h).float(), genes, library, logits)
+
+    def distribution(
+        self, out: Tensor, genes: Tensor, library: Tensor, logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, from the projected vectors (B, W, 1 or 2)."""
         logit = out[..., 0] if logits is None else out[..., 0] + logits
         if self.kind == "decoupled":
             if hasattr(self, "gene_bias"):
@@ -291,14 +309,15 @@ class VAE(nn.Module):
 
     def encode(self, counts: Tensor, genes: Tensor) -> Tensor:
         """Whole-number counts (B, W) of genes (B, W) -> latent (B, S, L), the posterior mean where there is one."""
-        return self._latent(self.encoder_tokens(counts, genes), counts, genes)
+        return self.latent(self.encoder_tokens(counts, genes), counts, genes)
 
     def posterior(self, counts: Tensor, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent, (B, S, L) each; only with ``kl_weight > 0``."""
         x = self.encoder_tokens(counts, genes)
-        return self._latent(x, counts, genes), self.encoder.latent_log_variance(x).clamp(-12.0, 4.0)
+        return self.latent(x, counts, genes), self.encoder.latent_log_variance(x).clamp(-12.0, 4.0)
 
-    def _latent(self, x: Tensor, counts: Tensor, genes: Tensor) -> Tensor:
+    def latent(self, x: Tensor, counts: Tensor, genes: Tensor) -> Tensor:
+        """Tokens before the latent projection (B, S, E), counts and genes (B, W) -> latent (B, S, L)."""
         shift = self.linear_path.encode(counts, genes) if self.config.linear_rank else None
         return self.encoder.project(x, shift)
 
@@ -322,8 +341,13 @@ class VAE(nn.Module):
         """
         genes = genes[None] if genes.ndim == 1 else genes
         table = self.input_layer.gene_embedding if self.config.shared_embedding else self.decoder.gene_embedding
-        h = self.decoder(z, table(genes))
-        return self.decoder_head(h, genes, library, self._direct_logits(z, genes, labels))
+        with torch.autocast(z.device.type, enabled=False):  # logits in bf16 would move means by percents
+            direct = self._direct_logits(z, genes, labels)
+        cross, head = self.decoder.decoder_cross_attention, self.decoder_head
+        if torch.is_grad_enabled() or len(genes) > 1 or not folds(cross, self.config.n_tokens):
+            return head(self.decoder(z, table(genes)), genes, library, direct)
+        out = gene_outputs(cross, head.params, self.decoder.tokens(z), table(genes[0]))
+        return head.distribution(out, genes, library, direct)
 
     def _direct_logits(self, z: Tensor, genes: Tensor, labels: Tensor | None) -> Tensor | None:
         parts = []
