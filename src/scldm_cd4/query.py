@@ -112,6 +112,10 @@ class QueryMethods:
         device
             As for `load`.
 
+        Returns
+        -------
+        A model that knows the query cells.
+
         Raises
         ------
         CheckpointError
@@ -173,6 +177,11 @@ class QueryMethods:
             The autoencoder is not trained.
         DataError, GeneMismatchError
             The model knows no training cells and there is no `reference`, or cells cannot be used.
+
+        Examples
+        --------
+        >>> model.query_distance(adata[:5]).shape
+        (5, 5)
         """
         vae = self._vae()
         known = self._state.familiarity

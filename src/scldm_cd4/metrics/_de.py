@@ -79,7 +79,8 @@ def context_test(
     Examples
     --------
     >>> group = codes == keys.index(("CE0008162", "Rest", "IFNGR1"))
-    >>> z, p = metrics.context_test(values[group].toarray(), [("CE0008162", "Rest")] * group.sum(), controls)
+    >>> own = {"Rest": controls[("CE0008162", "Rest")]}
+    >>> z, p = metrics.context_test(values[group].toarray(), ["Rest"] * group.sum(), own)
     >>> p.shape
     (60,)
     """
