@@ -219,6 +219,8 @@ class Registry:
             labels[:, 1],
             donors=self.donor.levels,
             timepoints=self.timepoint.levels,
+            perturbation=labels[:, 2],
+            perturbations=self.perturbation.levels,
             min_cells=min_cells,
         )
         return replace(self, size_factors=size_factors, train_counts=self._counts(labels))
@@ -265,7 +267,9 @@ class Registry:
         if known is not None:
             donor, timepoint = labels[:, 0], labels[:, 1]
             names = {"donors": self.donor.levels, "timepoints": self.timepoint.levels}
-            known = known.with_contexts(SizeFactors.fit(np.log(library), donor, timepoint, **names))
+            shifts = {"perturbation": labels[:, 2], "perturbations": self.perturbation.levels}
+            own = SizeFactors.fit(np.log(library), donor, timepoint, **names, **shifts, shifts=known.perturbations)
+            known = known.with_contexts(own)
         return replace(self, size_factors=known, train_counts=counts if self.train_counts else {})
 
     def to_dict(self) -> dict[str, Any]:

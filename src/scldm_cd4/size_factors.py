@@ -1,7 +1,11 @@
-"""Library sizes of the training cells per context, and draws from them."""
+"""Library sizes of the training cells per context and perturbation, and draws from them.
+
+A perturbation that changes how much RNA a cell has changes the spread and the zeros of its log-normalised counts; cells
+generated at the library sizes of other perturbations then differ from real ones in genes that it leaves alone.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +14,10 @@ from scldm_cd4._errors import DataError
 
 LEVELS = np.linspace(0.0, 1.0, 101)
 """The levels at which quantiles are stored."""
+N_ITERATIONS = 20
+"""Of the additive model of contexts and perturbations, solved by turns."""
+FLOOR = 0.05
+"""Added to a ratio of variances, so that a perturbation with one cell has a finite logarithm."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,21 @@ class LibraryStats:
 
 
 @dataclass(frozen=True)
-class SizeFactors:
-    """Library sizes per context (donor x time point), per time point, and of all cells.
+class LibraryShift:
+    """What a perturbation does to the log library of a context, in all contexts alike."""
 
-    A context with fewer than `min_cells` cells falls back to its time point, that to all cells.
+    shift: float = 0.0
+    """Added to the mean."""
+    scale: float = 1.0
+    """Factor on the distance from the mean."""
+
+
+@dataclass(frozen=True)
+class SizeFactors:
+    """Library sizes per context (donor x time point), per time point, and of all cells, and shifts of perturbations.
+
+    A context with fewer than `min_cells` cells falls back to its time point, that to all cells. Their statistics are of
+    cells without the shifts of their perturbations.
     """
 
     contexts: dict[str, dict[str, LibraryStats]]
@@ -78,6 +97,8 @@ class SizeFactors:
     timepoints: dict[str, LibraryStats]
     overall: LibraryStats
     min_cells: int = 30
+    perturbations: dict[str, LibraryShift] = field(default_factory=dict)
+    """Those that are known; others, and a dropped perturbation, shift nothing."""
 
     @classmethod
     def fit(
@@ -88,6 +109,9 @@ class SizeFactors:
         *,
         donors: Sequence[str],
         timepoints: Sequence[str],
+        perturbation: np.ndarray | None = None,
+        perturbations: Sequence[str] = (),
+        shifts: Mapping[str, LibraryShift] | None = None,
         min_cells: int = 30,
     ) -> "SizeFactors":
         """Take the statistics of training cells.
@@ -100,6 +124,10 @@ class SizeFactors:
             Codes into `donors` and `timepoints`, shape (n,).
         donors, timepoints
             The levels.
+        perturbation, perturbations
+            Codes (n,) and levels; without them no shifts are estimated.
+        shifts
+            Shifts that are known already, in place of estimates.
         min_cells
             Groups with fewer cells are not used for draws.
 
@@ -110,6 +138,14 @@ class SizeFactors:
         """
         if not len(log_library) or not np.all(np.isfinite(log_library)):
             raise DataError("size factors need at least one cell, and library sizes that are positive and finite")
+        if perturbation is not None:
+            context = np.unique(np.stack([donor, timepoint]), axis=1, return_inverse=True)[1].ravel()
+            if shifts is None:
+                shifts = estimate_shifts(log_library, context, perturbation, perturbations)
+            known = [shifts.get(label, LibraryShift()) for label in perturbations]
+            shift, scale = (np.array([getattr(s, name) for s in known])[perturbation] for name in ("shift", "scale"))
+            centre = _group_means(log_library - shift, context)[context]
+            log_library = centre + (log_library - centre - shift) / scale
         contexts: dict[str, dict[str, LibraryStats]] = {}
         by_time = {}
         for t in np.unique(timepoint).tolist():
@@ -119,7 +155,7 @@ class SizeFactors:
                 donors[d]: LibraryStats.of(log_library[at_time & (donor == d)])
                 for d in np.unique(donor[at_time]).tolist()
             }
-        return cls(contexts, by_time, LibraryStats.of(log_library), min_cells)
+        return cls(contexts, by_time, LibraryStats.of(log_library), min_cells, dict(shifts or {}))
 
     @classmethod
     def from_reference(
@@ -191,8 +227,10 @@ class SizeFactors:
                 return stats, source
         return self.overall, "all"
 
-    def sample(self, donor: str | None, timepoint: str | None, uniform: np.ndarray) -> np.ndarray:
-        """Draw library sizes of one context.
+    def sample(
+        self, donor: str | None, timepoint: str | None, uniform: np.ndarray, perturbation: str | None = None
+    ) -> np.ndarray:
+        """Draw library sizes of one condition.
 
         Parameters
         ----------
@@ -200,6 +238,8 @@ class SizeFactors:
             The context; None stands for any level.
         uniform
             Numbers in (0, 1), any shape.
+        perturbation
+            Whose shift is added; None adds none.
 
         Returns
         -------
@@ -214,7 +254,11 @@ class SizeFactors:
         uniform = np.asarray(uniform, dtype=np.float64)
         if uniform.size and not (uniform.min() > 0 and uniform.max() < 1):
             raise DataError("uniform numbers must lie in (0, 1)")
-        return self.lookup(donor, timepoint)[0].draw(uniform)
+        stats = self.lookup(donor, timepoint)[0]
+        drawn, known = stats.draw(uniform), self.perturbations.get(perturbation or "")
+        if known is None:
+            return drawn
+        return np.exp(stats.mean + known.shift + known.scale * (np.log(drawn) - stats.mean))
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values that JSON can hold."""
@@ -223,6 +267,7 @@ class SizeFactors:
             "timepoints": {t: s.to_dict() for t, s in self.timepoints.items()},
             "overall": self.overall.to_dict(),
             "min_cells": self.min_cells,
+            "perturbations": {label: [known.shift, known.scale] for label, known in self.perturbations.items()},
         }
 
     @classmethod
@@ -231,4 +276,54 @@ class SizeFactors:
         read = LibraryStats.from_dict
         contexts = {t: {d: read(s) for d, s in stats.items()} for t, stats in values["contexts"].items()}
         timepoints = {t: read(s) for t, s in values["timepoints"].items()}
-        return cls(contexts, timepoints, read(values["overall"]), int(values["min_cells"]))
+        shifts = {label: LibraryShift(*map(float, pair)) for label, pair in values.get("perturbations", {}).items()}
+        return cls(contexts, timepoints, read(values["overall"]), int(values["min_cells"]), shifts)
+
+
+def estimate_shifts(
+    log_library: np.ndarray, context: np.ndarray, perturbation: np.ndarray, labels: Sequence[str]
+) -> dict[str, LibraryShift]:
+    """Estimate what perturbations do to the log library, in all contexts alike.
+
+    Means are those of an additive model of contexts and perturbations, spreads those of its residuals. Both are shrunk
+    toward no shift by their sampling noise, with the variance over perturbations by moments (empirical Bayes, normal
+    prior), so that perturbations of few cells, and data without shifts, keep the library sizes of their contexts.
+
+    Parameters
+    ----------
+    log_library, context, perturbation
+        Of each cell (n,); codes from 0.
+    labels
+        Levels of the perturbation.
+
+    Returns
+    -------
+    Shifts of the perturbations that have cells.
+    """
+    n = np.bincount(perturbation, minlength=len(labels)).astype(np.float64)
+    some, shift = n > 0, np.zeros(len(labels))
+    for _ in range(N_ITERATIONS):
+        residual = log_library - _group_means(log_library - shift[perturbation], context)[context]
+        variance = float(np.var(residual - shift[perturbation]))
+        shift[some] = _shrunk(_group_means(residual, perturbation, len(n))[some], variance / n[some])
+        shift[some] -= np.average(shift[some], weights=n[some])
+    spread = np.square(residual - shift[perturbation])
+    log_scale = np.zeros(len(labels))
+    if variance > 0:
+        kurtosis = float(np.mean(np.square(spread))) / variance**2
+        ratio = (_group_means(spread, perturbation, len(n))[some] + FLOOR * variance) / ((1 + FLOOR) * variance)
+        log_scale[some] = _shrunk(0.5 * np.log(ratio), max(kurtosis - 1, 1e-9) / (4 * n[some]))
+    return {labels[p]: LibraryShift(float(shift[p]), float(np.exp(log_scale[p]))) for p in np.flatnonzero(some)}
+
+
+def _shrunk(values: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Posterior means of values with known noise variances under a normal prior around 0, its variance by moments."""
+    signal = max(0.0, float(np.average(np.square(values) - noise, weights=1 / np.maximum(noise, 1e-12))))
+    shrunk: np.ndarray = values * signal / np.maximum(signal + noise, 1e-300)
+    return shrunk
+
+
+def _group_means(values: np.ndarray, codes: np.ndarray, n_groups: int = 0) -> np.ndarray:
+    """Mean of the values of each code; 0 where it has none."""
+    n = np.bincount(codes, minlength=n_groups)
+    return np.bincount(codes, weights=values, minlength=n_groups) / np.maximum(n, 1)

@@ -170,6 +170,44 @@ class TestSizeFactors:
         assert factors.lookup(None, None)[1] == "all"
         assert factors.lookup("never", "seen")[1] == "all"
 
+    def test_shifts_of_perturbations_carry_over_to_contexts_without_them(self):
+        rng = np.random.default_rng(3)
+        donor, perturbation = rng.integers(0, 3, 3000), rng.integers(0, 3, 3000)
+        seen = ~((donor == 2) & (perturbation == 1))
+        donor, perturbation = donor[seen], perturbation[seen]
+        noise = rng.normal(0, 0.4, len(donor)) * np.array([1.0, 0.5, 1.0])[perturbation]
+        log_library = 6 + 0.5 * donor + np.array([0.0, 0.6, 0.0])[perturbation] + noise
+        names = {"donors": ("a", "b", "c"), "timepoints": ("x",), "perturbations": ("NTC", "strong", "none")}
+        factors = SizeFactors.fit(log_library, donor, np.zeros_like(donor), perturbation=perturbation, **names)
+        uniform = (np.arange(2000) + 0.5) / 2000
+        for d, label, mean, sd in ((2, "strong", 7.6, 0.2), (2, "NTC", 7.0, 0.4), (0, "strong", 6.6, 0.2)):
+            drawn = np.log(factors.sample("abc"[d], "x", uniform, label))
+            assert drawn.mean() == pytest.approx(mean, abs=0.05)
+            assert drawn.std() == pytest.approx(sd, rel=0.15)
+        assert SizeFactors.from_dict(json.loads(json.dumps(factors.to_dict()))) == factors
+        own = SizeFactors.fit(  # controls of a further donor: its library is not taken for a shift of the control
+            np.full(50, 9.0),
+            np.zeros(50, int),
+            np.zeros(50, int),
+            perturbation=np.zeros(50, int),
+            shifts=factors.perturbations,
+            **names | {"donors": ("d",)},
+        )
+        drawn = np.log(factors.with_contexts(own).sample("d", "x", uniform, "NTC"))
+        assert drawn.mean() == pytest.approx(9.0, abs=0.01)
+
+    def test_perturbations_without_a_shift_keep_the_library_sizes_of_the_context(self):
+        rng = np.random.default_rng(4)
+        perturbation = rng.integers(0, 30, 1500)
+        zero = np.zeros(1500, int)
+        labels = tuple(f"p{i}" for i in range(30))
+        names = {"donors": ("a",), "timepoints": ("x",), "perturbations": labels}
+        factors = SizeFactors.fit(rng.normal(7, 0.5, 1500), zero, zero, perturbation=perturbation, **names)
+        shifts = np.array([s.shift for s in factors.perturbations.values()])
+        assert np.sqrt(np.mean(shifts**2)) < 0.04  # raw means of 50 cells: 0.07
+        uniform = rng.random(100)
+        np.testing.assert_array_equal(factors.sample("a", "x", uniform), factors.sample("a", "x", uniform, "unknown"))
+
     def test_draws_follow_the_context(self):
         factors = self.fit({(0, 0): 3000, (1, 0): 3000})
         uniform = np.random.default_rng(2).random((50, 40))
