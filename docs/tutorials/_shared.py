@@ -14,10 +14,16 @@ from scldm_cd4 import CD4Model, datasets
 FOLDER = Path(__file__).resolve().parents[1] / "_build" / "tutorials"
 KEYS = {"perturbation_key": "perturbation", "donor_key": "donor_id", "timepoint_key": "timepoint", "control": "NTC"}
 HELD_OUT = [
-    ("GATA3", "CE0008162", "Stim8hr"),
-    ("IFNGR1", "CE0008162", "Stim8hr"),
-    ("STAT6", "CE0010866", "Stim48hr"),
-    ("TBX21", "CE0008678", "Stim48hr"),
+    (perturbation, donor, timepoint)
+    for perturbation, first, second in (
+        ("GATA3", "CE0008162", "CE0010866"),
+        ("IFNGR1", "CE0008162", "CE0008678"),
+        ("STAT6", "CE0010866", "CE0006864"),
+        ("TBX21", "CE0008678", "CE0006864"),
+        ("IL4R", "CE0010866", "CE0008162"),
+        ("JAK2", "CE0006864", "CE0008678"),
+    )
+    for donor, timepoint in ((first, "Stim8hr"), (second, "Stim48hr"))
 ]
 """Whole conditions that the model never saw; their perturbations and contexts were seen, but not together."""
 
