@@ -129,7 +129,7 @@ class Ray:
         ray = self._connected()
         wanted = {"num_cpus": 1, "num_gpus": int(gpu), "max_retries": RETRIES, "max_calls": 0, **self.options}
         kind, each = ("GPU", wanted["num_gpus"]) if gpu else ("CPU", wanted["num_cpus"])
-        task = ray.remote(_apply).options(**wanted)
+        task = ray.remote(**wanted)(_apply)
         place = ray.put(_portable(shared))
         waiting: deque[Any] = deque()
         try:
@@ -160,6 +160,20 @@ class Ray:
         return ray
 
 
+def local_device(device: str, environ: Mapping[str, str]) -> str:
+    """Return the device of this process: with ``auto``, each process of a machine takes a GPU of its own.
+
+    Parameters
+    ----------
+    environ
+        ``LOCAL_RANK`` (torchrun), else ``SLURM_LOCALID`` (``srun``).
+    """
+    local = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID"))
+    if device != "auto" or local is None or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
 def resolve_engine(engine: Any, environ: Mapping[str, str] | None = None) -> Engine:
     """Return the engine meant by ``"units"``, ``"ray"`` or an engine.
 
@@ -176,6 +190,19 @@ def resolve_engine(engine: Any, environ: Mapping[str, str] | None = None) -> Eng
         known: Engine = engine
         return known
     raise DataError(f"engine must be one of {ENGINES}, engines.Units(...) or engines.Ray(...), got {engine!r}")
+
+
+def one_caller(engine: Any) -> Engine:
+    """Return an engine whose workers serve this process alone.
+
+    Raises
+    ------
+    DataError
+        It is one whose processes each compute a share.
+    """
+    if engine == "units" or isinstance(engine, Units):
+        raise DataError("engine='units' divides generated cells only; take engine='ray'")
+    return resolve_engine(engine)
 
 
 def _apply(function: Callable[[Any, In], Out], place: list[Any], item: In) -> Out:

@@ -12,6 +12,7 @@ EXAMPLES = {
     "train": "scldm-cd4 train cells.h5ad --out model --perturbation-key target --donor-key donor --control NTC",
     "encode": "scldm-cd4 encode model cells.h5ad --out latents.npy",
     "generate": "scldm-cd4 generate model --perturbation GATA3 NTC --donor D1 --n-cells 500 --out generated.h5ad",
+    "merge": "scldm-cd4 merge generated.h5ad.units",
     "rank": "scldm-cd4 rank model --target signature.csv --timepoint Stim8hr > ranking.csv",
     "evaluate": "scldm-cd4 evaluate held_out.h5ad generated.h5ad --train train.h5ad --out scores.csv",
     "convert": "scldm-cd4 convert released_folder model --vocabulary train.h5ad",
@@ -34,9 +35,17 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, not {text!r}")
+    return int(index), int(count)
+
+
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add all commands beside the demo."""
-    for add in (_train, _encode, _generate, _rank, _evaluate, _convert, _info, _validate):
+    for add in (_train, _encode, _generate, _merge, _rank, _evaluate, _convert, _info, _validate):
         add(commands)
 
 
@@ -105,7 +114,7 @@ def _generate(commands: argparse._SubParsersAction) -> None:
         "_use:generate",
     )
     p.add_argument("model", metavar="MODEL", help=MODEL)
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="h5ad to write")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".h5ad or .zarr to write")
     _labels(p)
     p.add_argument("--conditions", type=Path, metavar="CSV", help="one condition per row, optionally with n_cells")
     p.add_argument("--n-cells", type=positive, metavar="N", help="per condition (default 100)")
@@ -115,6 +124,27 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--n-steps", type=positive, metavar="N", help="steps of the solver (default 10)")
     p.add_argument("--size-factor", type=float, metavar="COUNTS", help="counts per cell; default: drawn as in training")
     p.add_argument("--batch-size", type=positive, metavar="N", help="cells at a time")
+    _engine(p, ("ray", "units"))
+    p.add_argument(
+        "--share",
+        type=share,
+        metavar="I/N",
+        help="with --engine units: the units of process I (from 0) of N; default: as torchrun or SLURM say",
+    )
+    _common(p)
+
+
+def _merge(commands: argparse._SubParsersAction) -> None:
+    p = _command(
+        commands,
+        "merge",
+        "join the units of a generation in one file",
+        "Join the units that `generate --engine` left in a folder, once all are there, and delete the folder. The last "
+        "process does so by itself; this is for runs whose last process was killed.",
+        "_use:merge",
+    )
+    p.add_argument("folder", type=Path, metavar="DIR", help="the folder of the units, FILE.units")
+    p.add_argument("--out", type=Path, metavar="FILE", help=".h5ad or .zarr; default: the folder without .units")
     _common(p)
 
 
@@ -132,6 +162,7 @@ def _rank(commands: argparse._SubParsersAction) -> None:
     _labels(p, several=False)
     p.add_argument("--direction", choices=("toward", "away"), default="toward", help="default %(default)s")
     p.add_argument("--n-cells", type=positive, default=200, metavar="N", help="per condition (default %(default)s)")
+    _engine(p, ("ray",))
     _common(p)
 
 
@@ -179,10 +210,31 @@ def _convert(commands: argparse._SubParsersAction) -> None:
 
 def _info(commands: argparse._SubParsersAction) -> None:
     p = _command(
-        commands, "info", "tell what a model knows", "Tell genes, labels, sizes and training of a model.", "_files:info"
+        commands,
+        "info",
+        "tell what a model knows, or what a run will take",
+        "Tell genes, labels, sizes and training of a model; with --plan, hours, memory and disk of training and of "
+        "generating cells.",
+        "_files:info",
     )
-    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     p.add_argument("--json", action="store_true", help="as JSON, with all labels")
+    plan = p.add_argument_group("with --plan")
+    plan.add_argument("--plan", action="store_true", help="tell what training and generating take")
+    plan.add_argument("--preset", choices=sorted(PRESETS), help="in place of a MODEL (default cd4)")
+    plan.add_argument("--n-cells", type=positive, metavar="N", help="training cells")
+    plan.add_argument("--n-genes", type=positive, metavar="N", help="default: those of the MODEL")
+    plan.add_argument("--n-generated", type=positive, metavar="N", help="default: as many as training cells")
+    plan.add_argument("--machine", default="this", metavar="NAME", help="H200, H100, or this one after a short probe")
+    plan.add_argument(
+        "--devices", type=positive, metavar="N", help="devices of that name, or cores (default 1, or all)"
+    )
+    plan.add_argument("--batch-size", type=positive, metavar="N", help="cells per step and device in training")
+    plan.add_argument("--solver", metavar="NAME", help="default: as generate")
+    plan.add_argument("--n-steps", type=positive, metavar="N", help="default: as generate")
+    plan.add_argument(
+        "--density", type=float, default=0.13, metavar="SHARE", help="counts above 0 (default %(default)s)"
+    )
     _common(p)
 
 
@@ -213,6 +265,14 @@ def _labels(p: argparse.ArgumentParser, *, several: bool = True) -> None:
     p.add_argument("--perturbation", nargs="+", metavar="LABEL", help="one or several; default all")
     p.add_argument("--donor", nargs=nargs, metavar="LABEL", help="default all" + ("" if several else "; or 'each'"))
     p.add_argument("--timepoint", nargs=nargs, metavar="LABEL", help="default all" + ("" if several else "; or 'each'"))
+
+
+def _engine(p: argparse.ArgumentParser, engines: tuple[str, ...]) -> None:
+    about = "Ray's workers compute (needs the extra ray)"
+    if "units" in engines:
+        about += "; or units: the processes of torchrun, srun or a SLURM array; a killed run goes on when run again"
+    p.add_argument("--engine", choices=engines, help=about)
+    p.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, such as auto; default: this machine")
 
 
 def _common(p: argparse.ArgumentParser) -> None:

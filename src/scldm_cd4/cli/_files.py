@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from scldm_cd4 import CD4Model
 from scldm_cd4._errors import DataError, ScldmError
 from scldm_cd4.cli._arguments import KEYS
 from scldm_cd4.cli._paths import say
+from scldm_cd4.config import PRESETS
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.files import open_h5ad
 
@@ -32,7 +34,11 @@ def convert(options: argparse.Namespace) -> str:
 
 
 def info(options: argparse.Namespace) -> str:
-    """Tell what a model knows."""
+    """Tell what a model knows, or what a run will take."""
+    if options.plan:
+        return _plan(options)
+    if options.model is None:
+        raise DataError("say which MODEL, or ask for a --plan")
     model = CD4Model.from_pretrained(options.model, device="cpu")
     if not options.json:
         return f"{model!r}\n"
@@ -45,6 +51,32 @@ def info(options: argparse.Namespace) -> str:
         "hash": model._state.fingerprint(),
     }
     return json.dumps(values, indent=1) + "\n"
+
+
+def _plan(options: argparse.Namespace) -> str:
+    """Tell what training on cells and generating cells take."""
+    from scldm_cd4 import planning
+
+    if options.n_cells is None:
+        raise DataError("--plan needs --n-cells, the number of training cells")
+    n_genes, config = options.n_genes, PRESETS[options.preset or "cd4"]
+    if options.model is not None:
+        if options.preset is not None:
+            raise DataError("give a MODEL or a --preset, not both")
+        model = CD4Model.from_pretrained(options.model, device="cpu")
+        n_genes, config = n_genes or len(model.registry["genes"]), model.config
+    if n_genes is None:
+        raise DataError("--plan needs --n-genes where there is no MODEL")
+    here = options.machine == "this"
+    work = planning.measure(config, n_genes, seconds=2.0 if here else 0.0)
+    machine = planning.this_machine(work) if here else planning.named_machine(options.machine, options.devices or 1)
+    if here and options.devices is not None:
+        machine = replace(machine, n_devices=options.devices)
+    given = {name: getattr(options, name) for name in ("n_cells", "n_generated", "solver", "n_steps", "density")}
+    table = planning.plan(config, work, machine, n_genes=n_genes, batch_size=options.batch_size, **given)
+    if options.json:
+        return json.dumps({"stages": table.to_dict("index"), **table.attrs}, indent=1) + "\n"
+    return f"{planning.sentences(table)}\n"
 
 
 def validate(options: argparse.Namespace) -> str:

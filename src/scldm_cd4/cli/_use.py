@@ -1,6 +1,7 @@
 """Commands that use a trained model: encode, generate, rank, and evaluate what came of it."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from scldm_cd4 import CD4Model, metrics
 from scldm_cd4._errors import DataError
 from scldm_cd4.cli._paths import check_free, say, write_table, write_whole
 from scldm_cd4.data.files import open_h5ad
+from scldm_cd4.distributed import generate_divided, merge_units, run_folder
+from scldm_cd4.engines import Engine, Ray, Units, local_device
+from scldm_cd4.units import ENDING, RunFolder
 
 
 def encode(options: argparse.Namespace) -> str:
@@ -34,36 +38,68 @@ def encode(options: argparse.Namespace) -> str:
 
 def generate(options: argparse.Namespace) -> str:
     """Generate cells."""
-    check_free(options.out, options.overwrite, (".h5ad",))
+    engine = _engine(options)
+    if engine is None:
+        check_free(options.out, options.overwrite, (".h5ad", ".zarr"))
     conditions = None if options.conditions is None else _read_csv(options.conditions, dtype=object)
     if conditions is not None and "n_cells" in conditions:
         conditions["n_cells"] = pd.to_numeric(conditions["n_cells"], errors="coerce")
-    model = CD4Model.from_pretrained(options.model, device=options.device)
+    device = options.device if engine is None else local_device(options.device, os.environ)
+    model = CD4Model.from_pretrained(options.model, device=device)
     say("generating ...")
-    cells = model.generate(
-        options.perturbation,
-        options.donor,
-        options.timepoint,
-        n_cells=options.n_cells,
-        conditions=conditions,
-        output=options.output,
-        guidance=options.guidance,
-        solver=options.solver,
-        n_steps=options.n_steps,
-        size_factors=options.size_factor,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        out=options.out,
-        overwrite=options.overwrite,
-    )
+    labels = {role: getattr(options, role) for role in ("perturbation", "donor", "timepoint")}
+    names = ("output", "solver", "n_steps", "batch_size")
+    how: dict[str, Any] = {name: getattr(options, name) for name in names}
+    asked = {name: getattr(options, name) for name in ("n_cells", "guidance", "seed", "out", "overwrite")}
+    asked |= {"conditions": conditions, "size_factors": options.size_factor}
+    if engine is not None:
+        path = generate_divided(model, engine, labels, sampling=how, **asked)
+        say(f"cells written to {path}" if path else f"units are in {run_folder(options.out)}, others are not done yet")
+        return ""
+    cells = model.generate(**labels, **how, **asked)
     say(f"{cells.n_obs} cells written to {options.out}, seed {int(cells.uns['scldm_cd4']['seed'])}")
     return ""
+
+
+def merge(options: argparse.Namespace) -> str:
+    """Join the units of a generation."""
+    out = options.out
+    if out is None:
+        if options.folder.suffix != ENDING:
+            raise DataError(f"{options.folder} does not end in {ENDING}: say with --out FILE where the cells go")
+        out = options.folder.with_suffix("")
+    if out.exists() and not options.folder.exists():
+        raise DataError(f"there is no folder {options.folder}; {out} is there, so that its units were joined before")
+    run = RunFolder.read(options.folder.resolve())
+    if merge_units(run, out.resolve(), overwrite=options.overwrite) is None:
+        missing = len(run.cutting()) - run.n_files()
+        what = f"{missing} of {len(run.cutting())} units are missing" if missing else "another process is joining them"
+        raise DataError(f"{options.folder}: {what}; run the command that generates them again")
+    return f"{out}\n"
+
+
+def _engine(options: argparse.Namespace) -> Engine | None:
+    """Return who computes, or None for this process alone."""
+    if options.engine is None:
+        if given := [name for name in ("address", "share") if getattr(options, name, None) is not None]:
+            raise DataError(f"--{given[0]} needs --engine")
+        if Units.of(os.environ).count > 1 and "SLURM_ARRAY_TASK_ID" not in os.environ:
+            raise DataError("several processes would do the same work: divide it with --engine units")
+        return None
+    if options.engine == "ray":
+        if getattr(options, "share", None) is not None:
+            raise DataError("--share is for --engine units; Ray divides the work itself")
+        return Ray(options.address)
+    if options.address is not None:
+        raise DataError("--address is for --engine ray")
+    return Units(*options.share) if options.share else Units.of(os.environ)
 
 
 def rank(options: argparse.Namespace) -> str:
     """Rank perturbations."""
     if options.out is not None:
         check_free(options.out, options.overwrite, (".csv",))
+    engine = _engine(options)
     target = _signature(options.target)
     model = CD4Model.from_pretrained(options.model, device=options.device)
     say("ranking ...")
@@ -75,6 +111,7 @@ def rank(options: argparse.Namespace) -> str:
         direction=options.direction,
         n_cells=options.n_cells,
         seed=options.seed,
+        engine=engine,
     )
     named = any(name is not None for name in table.index.names)
     return write_table(table, options.out, index=named)

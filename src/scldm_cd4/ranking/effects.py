@@ -302,7 +302,7 @@ class Both:
     the generated one: many cells follow the observation, few cells follow the model.
     """
 
-    generated: Generated
+    generated: EffectSource
     observed: Observed
     name: str = "both"
 

@@ -11,13 +11,12 @@ import pandas as pd
 from scldm_cd4._errors import DataError
 from scldm_cd4.conditions import as_n_cells, requested_levels
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.engines import Engine, one_caller
 from scldm_cd4.generation import Trained
 from scldm_cd4.ranking.effects import (
-    Both,
     Context,
     Control,
     EffectSource,
-    Generated,
     Observed,
     Summariser,
     target_genes,
@@ -26,12 +25,13 @@ from scldm_cd4.ranking.evidence import HeldOut, Reliability, held_out_conditions
 from scldm_cd4.ranking.population import Population, latent_embedding
 from scldm_cd4.ranking.racing import race, rounds
 from scldm_cd4.ranking.scoring import Group, Row, Scorer
+from scldm_cd4.ranking.sources import effect_source
 from scldm_cd4.ranking.table import donor_note, flagged, group_table
 from scldm_cd4.ranking.targets import MIN_CELLS, Part, Profile, Reader
 from scldm_cd4.registry import Registry
-from scldm_cd4.sampling import Sampler, Sampling
+from scldm_cd4.sampling import Sampling
 
-EACH, AVERAGE = "each", "average"
+EACH, AVERAGE, GENERATED = "each", "average", "generated"
 
 
 def rank(
@@ -53,6 +53,7 @@ def rank(
     off_target: Any = None,
     adata: Any = None,
     workers: int | None = None,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Rank perturbations of a trained model; see `rank_perturbations`.
 
@@ -88,7 +89,7 @@ def rank(
     parts = reader.read(target, method)
     names = _names(registry, perturbations)
     summariser = Summariser(tuple(p.target for p in parts if isinstance(p.target, Population)))
-    source = _source(trained, sampling, effects, summariser, adata, workers)
+    source = effect_source(trained, sampling, effects, summariser, adata, workers, engine)
     groups = _groups(registry, donor, timepoint)
     run = _Run(registry, source, parts, groups, sampling.seed)
     sizes = rounds(n_cells) if racing else [n_cells]
@@ -102,7 +103,7 @@ def rank(
         return sign * _by_group(found, "score"), _by_group(found, "se_cells")
 
     reached = race(names, sizes, evaluate, top_k)
-    unknown = f"not looked at: effects are {source.name}" if not isinstance(source, Generated) else "no held-out cells"
+    unknown = f"not looked at: effects are {source.name}" if source.name != GENERATED else "no held-out cells"
     reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
     judged: dict[str, Any] = {"n_boot": n_boot, "top_k": top_k, "min_effect": min_effect, "seed": sampling.seed}
     judged |= {"sign": sign, "reached": reached, "reliability": reliability}
@@ -136,6 +137,7 @@ def rank_perturbations(
     off_target: Any = None,
     guidance: Any = 1.0,
     seed: int | None = None,
+    engine: Any = None,
 ) -> pd.DataFrame:
     """Rank perturbations by how far their effects lead toward a target.
 
@@ -186,6 +188,8 @@ def rank_perturbations(
         As in `generate`.
     seed
         None draws one, which is recorded.
+    engine
+        ``"ray"``, or a `scldm_cd4.engines.Ray`: its workers generate, some perturbations at a time; same table.
 
     Returns
     -------
@@ -238,6 +242,7 @@ def rank_perturbations(
         off_target=off_target,
         adata=self.adata,
         workers=settings.num_workers,
+        engine=None if engine is None else one_caller(engine),
     )
 
 
@@ -306,32 +311,6 @@ def _check(direction: str, n_cells: int, top_k: int, n_boot: int, min_effect: fl
         raise DataError(f"min_effect must be a size of at least 0, got {min_effect!r}")
 
 
-def _source(
-    trained: Trained, sampling: Sampling, effects: Any, summariser: Summariser, adata: Any, workers: int | None
-) -> EffectSource:
-    if hasattr(effects, "changes") and hasattr(effects, "controls"):
-        if summariser.populations:
-            raise DataError("a target population needs cells: effects= must be 'generated' or 'observed'")
-        source: EffectSource = effects
-        return source
-    if effects not in ("generated", "observed", "both"):
-        raise DataError(f"effects must be 'generated', 'observed', 'both' or an EffectSource, got {effects!r}")
-    # noise is keyed by the context alone, so that perturbation and control share it
-    registry = trained.registry
-    sampler = Sampler(
-        trained.vae, trained.dit, registry, sampling, noise_labels=lambda labels: (labels[0], labels[1], None)
-    )
-    generated = Generated(sampler, summariser, workers)
-    if effects == "generated":
-        return generated
-    if effects == "both" and summariser.populations:
-        raise DataError("effects='both' mixes changes of expression, not distances: a population needs one of the two")
-    if adata is None:
-        raise DataError(f"effects={effects!r} needs cells: load the model with adata=")
-    observed = Observed(CellData.from_adata(adata, registry), registry, summariser, sampling.seed)
-    return observed if effects == "observed" else Both(generated, observed)
-
-
 def _held_out(
     source: EffectSource,
     summariser: Summariser,
@@ -343,7 +322,7 @@ def _held_out(
     seed: int,
 ) -> HeldOut | None:
     """Return what compares generated with observed scores, or None where nothing was held out."""
-    if not isinstance(source, Generated):
+    if source.name != GENERATED:
         return None
     wanted = held_out_conditions(adata, registry, names, contexts, seed)
     if not wanted:
