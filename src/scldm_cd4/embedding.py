@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scldm_cd4._errors import DataError
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import encode_rows, inference_batch_size
+from scldm_cd4.train.latents import CellEncoder, encode_rows, inference_batch_size
 
 
 def as_rows(indices: Any, cells: CellData) -> NDArray[np.int64]:
@@ -91,9 +91,10 @@ def _decoded(vae: VAE, cells: CellData, rows: NDArray[np.int64], batch_size: int
     size = batch_size or inference_batch_size(vae.n_genes)
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
+    encoder = CellEncoder(vae)
     for start in range(0, len(rows), size):
         index = rows[start : start + size]
-        z = encode_rows(vae, cells, index, batch_size=size).to(device)
+        z = encode_rows(vae, cells, index, batch_size=size, encoder=encoder).to(device)
         x = torch.from_numpy(cells.counts(index).toarray()).to(device)
         labels = None if cells.labels is None else torch.from_numpy(cells.labels[index]).to(device)
         mu, theta = vae.decode(z, genes, x.sum(1, keepdim=True), labels)

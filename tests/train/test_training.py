@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from scldm_cd4 import _precision as precision_module
 from scldm_cd4._errors import CheckpointError, DataError, TrainingError
 from scldm_cd4.config import StageConfig
 from scldm_cd4.data.splits import Split
+from scldm_cd4.train import stage as stage_module
+from scldm_cd4.train.loaders import CountBatches, make_loader
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.rng import keyed_generator
 from scldm_cd4.train.runner import fit
@@ -337,3 +340,114 @@ def test_dispersions_learn_faster_and_do_not_decay(job):
     assert tables == {"params": [plan.vae.decoder_head.theta.weight], "lr": 0.03, "weight_decay": 0.0}
     assert len(rest["params"]) + 1 == len(list(plan.vae.parameters()))
     assert len(VAEPlan(job.vae(), StageConfig(), 0).parameter_groups()) == 1
+
+
+def test_gradients_of_several_batches_make_one_step(job):
+    job.split = Split(np.arange(40), np.arange(40, 48), np.arange(0), {})
+    job.config = replace(
+        job.config, train_vae=replace(job.config.train_vae, genes_per_step=None, theta_lr=1.0, target_steps=6)
+    )
+    whole, one = train(job, stage="vae", batch_size=20)
+    parts, two = train(job, stage="vae", batch_size=10, accumulate_grad_batches=2)
+    assert one.n_steps == two.n_steps == {"vae": 6}
+    np.testing.assert_array_equal(one.history["vae"]["lr"], two.history["vae"]["lr"])
+    start = job.vae().state_dict()
+    for name, value in whole.state_dict().items():
+        moved = float((value - start[name]).norm())
+        assert float((parts.state_dict()[name] - value).norm()) <= 0.02 * moved + 1e-6
+
+
+@pytest.mark.parametrize(("steps", "plan"), [(3, VAEPlan), (2, FlowPlan)])
+def test_a_resumed_training_with_gathered_gradients_equals_an_unbroken_one(job, tmp_path, steps, plan):
+    options = {"max_epochs": 3, "batch_size": 8, "accumulate_grad_batches": 2}
+    vae, whole = train(job, **options)
+    _, part = train(job, checkpoint_dir=tmp_path, callbacks=[At(interrupt, steps, plan)], **options)
+    assert part.interrupted
+    resumed_vae, resumed = train(job, resume_from=tmp_path, seed=None, **options)
+    assert same_weights(vae, resumed_vae)
+    assert same_weights(whole.dit, resumed.dit)
+    assert resumed.n_steps["flow"] == whole.n_steps["flow"] == 3 * 3  # 39 cells: 5 batches, 3 steps an epoch
+
+
+def test_a_default_run_counts_optimiser_steps(job):
+    job.config = replace(job.config, train_vae=replace(job.config.train_vae, target_steps=4, batch_size=2))
+    _, result = train(job, stage="vae", accumulate_grad_batches=3)
+    assert result.n_steps == {"vae": 4}
+    assert n_epochs(StageConfig(target_steps=100), 1000, 128, accumulate=4) == 50
+
+
+def test_without_a_compiler_training_goes_on_and_says_so_once(job, monkeypatch):
+    monkeypatch.setattr(stage_module, "compiler_error", lambda device: "no C++ compiler")
+    plain, _ = train(job, max_epochs=1)
+    with pytest.warns(UserWarning, match=r"compile=True is not possible here.*no C\+\+ compiler") as record:
+        vae, result = train(job, compile=True, max_epochs=1)
+    assert sum("compile" in str(warning.message) for warning in record) == 1
+    assert sum("compile" in note for note in result.notes) == 1
+    assert same_weights(vae, plain)
+
+
+def test_compiled_steps_see_one_shape_and_give_the_same_loss(job, monkeypatch):
+    shapes = {"vae": set(), "flow": set()}
+
+    def compiled(function, *, dynamic):
+        assert dynamic is False
+
+        def call(x, *args):
+            shapes["flow" if function.__name__ == "forward" else "vae"].add((x.shape, *(a.shape for a in args)))
+            return function(x, *args)
+
+        return call
+
+    monkeypatch.setattr(stage_module, "compiler_error", lambda device: None)
+    monkeypatch.setattr(torch, "compile", compiled)
+    _, result = train(job, compile=True, batch_size=16, max_epochs=2)  # 39 cells: 13 in each of 3 batches
+    assert {name: len(seen) for name, seen in shapes.items()} == {"vae": 1, "flow": 1}
+    assert result.n_steps == {"vae": 6, "flow": 6}
+    data = CountBatches(job.cells, np.arange(40), expressed=True)
+    assert [len(batch["target"]) for batch in make_loader(data, 16, 0, even=True)] == [14, 14, 14]
+    assert sorted(len(batch["target"]) for batch in make_loader(data, 16, 0)) == [13, 13, 14]
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_the_same(job):
+    if stage_module.compiler_error("cpu") is not None:
+        pytest.skip(f"torch.compile cannot work here: {stage_module.compiler_error('cpu')}")
+    job.split = Split(np.arange(32), np.arange(32, 48), np.arange(0), {})
+    _, plain = train(job, max_epochs=3)
+    _, compiled = train(job, compile=True, max_epochs=3)
+    for name in ("vae", "flow"):
+        np.testing.assert_allclose(plain.history[name], compiled.history[name], rtol=1e-3)
+
+
+def test_products_are_made_as_asked_inside_a_training_only(job, monkeypatch):
+    monkeypatch.setattr(precision_module, "onednn_route", lambda: True)
+    before, inside = torch.get_float32_matmul_precision(), []
+    watch = At(lambda: inside.append(torch.get_float32_matmul_precision()), 1)
+    train(job, stage="vae", max_epochs=1, callbacks=[watch])
+    assert inside == ["medium"]
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(DataError, match="tf32.*CUDA"):
+        train(job, precision="tf32")
+    _, result = train(job, precision="bf16", max_epochs=1)
+    assert np.isfinite(result.history["flow"]["train_loss"]).all()
+    assert all(value.dtype == torch.float32 for value in result.online.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_does_not_wait_for_it(job):
+    vae, dit = job.vae().cuda(), job.dit().cuda()
+    data = CountBatches(job.cells, np.arange(16), expressed=True)[np.arange(16)]
+    latents = torch.zeros(16, 4, 4, device="cuda")
+    labels = torch.zeros(16, 3, dtype=torch.int64, device="cuda")
+    plans = [
+        (VAEPlan(vae, job.config.train_vae, 0), {name: value.cuda() for name, value in data.items()}),
+        (FlowPlan(dit, job.config.train_flow, 0), {"latent": latents, "labels": labels}),
+    ]
+    for plan, batch in plans:
+        generator = keyed_generator(0, device="cuda")
+        plan.step_loss(batch, generator)[0].backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan.step_loss(batch, generator)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import chunks, decode_means, encode_rows, inference_batch_size
+from scldm_cd4.train.latents import CellEncoder, chunks, decode_means, encode_rows, inference_batch_size
 
 FloatArray = NDArray[np.float64]
 PRIOR_CELLS, PRIOR_COUNTS = 5, 2
@@ -91,10 +91,12 @@ def log_ratios(
     """
     n = len(factors) if n is None else n
     observed, expected = np.zeros((n, cells.n_genes)), np.zeros((n, cells.n_genes))
+    encoder = CellEncoder(vae)
     for index in chunks(len(rows), inference_batch_size(cells.n_genes)):
         counts = cells.counts(rows[index])
         library = torch.from_numpy(np.asarray(counts.sum(1), dtype=np.float32).reshape(-1, 1))
-        mean = decode_means(vae, encode_rows(vae, cells, rows[index]), library).numpy() * factors[context[index]]
+        latents = encode_rows(vae, cells, rows[index], encoder=encoder)
+        mean = decode_means(vae, latents, library).numpy() * factors[context[index]]
         sums = sparse.csr_matrix((np.ones(len(index)), (codes[index], np.arange(len(index)))), shape=(n, len(index)))
         observed += (sums @ counts).toarray()
         expected += sums @ mean

@@ -68,9 +68,11 @@ class Guard(pl.Callback):
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss became {float(loss)} at step {trainer.global_step}")
-        trainer.should_stop = trainer.should_stop or self.interrupted
         ending = batch_idx + 1 == trainer.num_training_batches  # then the end of the epoch saves
-        if not ending and (self.interrupted or time.monotonic() - self.saved > SAVE_EVERY):
+        # gradients gathered over several batches are no part of a checkpoint: stop and save after optimiser steps
+        stepped = ending or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        trainer.should_stop = trainer.should_stop or (self.interrupted and stepped)
+        if stepped and not ending and (self.interrupted or time.monotonic() - self.saved > SAVE_EVERY):
             self._save(trainer)
             self.saved_inside = self.interrupted
 

@@ -1,5 +1,7 @@
 """Latents of many cells: each is encoded once, and kept in memory or, above a size, in a memory-mapped file."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scldm_cd4._errors import DataError
+from scldm_cd4._precision import choose
+from scldm_cd4.config import VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
+from scldm_cd4.nn.sparse import SparseEncoder, supports
 from scldm_cd4.train.loaders import Batch, CountBatches
 
 BATCH_VALUES = 200_000
 """Cells times genes of a batch without gradients."""
+GIB = 2**30
 
 
 def inference_batch_size(n_genes: int) -> int:
@@ -23,7 +30,7 @@ def inference_batch_size(n_genes: int) -> int:
 
 def encoder_input(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return counts and genes (B, W) of a batch, as the encoder takes them."""
-    counts = batch.get("counts", batch["target"])
+    counts = batch["counts"] if "counts" in batch else batch["target"]
     if "genes" in batch:
         return counts, batch["genes"]
     return counts, torch.arange(1, vae.n_genes + 1, device=counts.device).expand(len(counts), -1)
@@ -35,6 +42,36 @@ def chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(start, min(n, start + size))
 
 
+class CellEncoder:
+    """The encoder of an autoencoder for cells given by their expressed genes; without gradients, without dropout.
+
+    Build it anew when the weights have changed, see `scldm_cd4.nn.sparse.SparseEncoder`.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        self.vae, self.device = vae, next(vae.parameters()).device
+        self.precision = choose("fp32", self.device)
+        with self.precision.matmuls():
+            self._encode = SparseEncoder(vae) if supports(vae) else vae.encode
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Expressed ``genes`` (B, W) and their ``counts`` (B, W) -> latents (B, S, L), float32 on the device."""
+        training = self.vae.training
+        self.vae.eval()
+        try:
+            with self.precision.matmuls():
+                counts, genes = (batch[name].to(self.device, non_blocking=True) for name in ("counts", "genes"))
+                return self._encode(counts, genes).float()
+        finally:
+            self.vae.train(training)
+
+
+def latent_bytes(config: VAEConfig, n_cells: int) -> int:
+    """Return how much the latents of some cells take: 4 bytes for each token and channel."""
+    return 4 * n_cells * config.latent_tokens * config.n_channels
+
+
 def encode_rows(
     vae: VAE,
     cells: CellData,
@@ -43,6 +80,7 @@ def encode_rows(
     batch_size: int | None = None,
     max_bytes: int | None = None,
     path: str | Path | None = None,
+    encoder: CellEncoder | None = None,
 ) -> Tensor:
     """Encode cells by all their counts; see `encode`.
 
@@ -51,11 +89,10 @@ def encode_rows(
     rows
         Rows of `cells`, in the order of the result.
     """
-    data = CountBatches(cells, rows, expressed=vae.config.encode == "expressed")
-    return encode(vae, data, batch_size=batch_size, max_bytes=max_bytes, path=path)
+    data = CountBatches(cells, rows, expressed=True)
+    return encode(vae, data, batch_size=batch_size, max_bytes=max_bytes, path=path, encoder=encoder)
 
 
-@torch.no_grad()
 def encode(
     vae: VAE,
     data: CountBatches,
@@ -63,6 +100,7 @@ def encode(
     batch_size: int | None = None,
     max_bytes: int | None = None,
     path: str | Path | None = None,
+    encoder: CellEncoder | None = None,
 ) -> Tensor:
     """Encode cells in batches on the device of the network.
 
@@ -74,6 +112,8 @@ def encode(
         Cells at a time; None goes by the number of genes.
     max_bytes, path
         A result larger than this is kept in a memory-mapped file at `path`.
+    encoder
+        Of the present weights, where more calls follow; None builds it.
 
     Returns
     -------
@@ -83,22 +123,60 @@ def encode(
     ------
     ValueError
         The result is larger than `max_bytes` and there is no `path`.
+    DataError
+        The result fits neither the free memory nor, with `path`, the disk.
     """
-    shape = (len(data), vae.config.latent_tokens, vae.config.n_channels)
-    if max_bytes is not None and 4 * int(np.prod(shape)) > max_bytes:
-        if path is None:
-            raise ValueError(f"latents of shape {shape} take more than max_bytes={max_bytes}: give a path for a file")
-        out = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=torch.float32).view(shape)
-    else:
-        out = torch.empty(shape)
-    device = next(vae.parameters()).device
-    training = vae.training
-    vae.eval()
+    out = _allocate(vae.config, len(data), max_bytes, None if path is None else Path(path))
+    encoder = encoder or CellEncoder(vae)
     for index in chunks(len(data), batch_size or inference_batch_size(vae.n_genes)):
-        batch = {name: value.to(device) for name, value in data[index].items()}
-        out[index[0] : index[-1] + 1] = vae.encode(*encoder_input(vae, batch)).float().cpu()
-    vae.train(training)
+        out[index[0] : index[-1] + 1] = encoder(data.seen(index)).cpu()
     return out
+
+
+def _allocate(config: VAEConfig, n: int, max_bytes: int | None, path: Path | None) -> Tensor:
+    """Make room for the latents of n cells, or say before the work that there is none."""
+    shape, size = (n, config.latent_tokens, config.n_channels), latent_bytes(config, n)
+    if max_bytes is None or size <= max_bytes:
+        free = free_memory()
+        if free is not None and size > free:
+            raise DataError(
+                f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB of memory are free; "
+                "give checkpoint_dir= to train(), which keeps them in a file there, or use fewer cells"
+            )
+        return torch.empty(shape)
+    if path is None:
+        raise ValueError(f"latents of shape {shape} take more than max_bytes={max_bytes}: give a path for a file")
+    reserve(path, size, n)
+    return torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32).view(shape)
+
+
+def reserve(path: Path, size: int, n: int) -> None:
+    """Take the disk space at once: a mapped file that outgrows its disk kills the process."""
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    try:
+        if size > free:
+            raise OSError("the disk is too full")
+        with path.open("wb") as handle:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, size)
+            handle.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise DataError(
+            f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB are free at {path.parent}: "
+            f"{error}. Choose another checkpoint_dir or use fewer cells"
+        ) from error
+
+
+def free_memory() -> int | None:
+    """Return the bytes that the system could give without swapping, where it says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return values[0] if values else None
 
 
 @torch.no_grad()
@@ -109,15 +187,10 @@ def decode_means(vae: VAE, latents: Tensor, library: Tensor, labels: Tensor | No
     """
     device = next(vae.parameters()).device
     genes = torch.arange(1, vae.n_genes + 1, device=device)
-    out = [
-        vae.decode(
-            latents[index].to(device),
-            genes,
-            library[index].to(device),
-            None if labels is None else labels[index].to(device),
-        )[0]
-        .float()
-        .cpu()
-        for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes)))
-    ]
-    return torch.cat(out)
+    out = torch.empty(len(latents), vae.n_genes)
+    with choose("fp32", device).matmuls():
+        for index in map(torch.from_numpy, chunks(len(latents), inference_batch_size(vae.n_genes))):
+            own = None if labels is None else labels[index].to(device)
+            mean, _ = vae.decode(latents[index].to(device), genes, library[index].to(device), own)
+            out[index[0] : index[-1] + 1] = mean
+    return out

@@ -38,6 +38,8 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
         This process and the number of processes; each takes every `world`-th item, filled up to equal length.
     weights
         Positive weight of each item (n,); None for equal ones. Without seed they are not used.
+    even
+        Make all shuffled batches of one size: an epoch repeats a few items, fewer than it has batches.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
         rank: int = 0,
         world: int = 1,
         weights: NDArray[np.float64] | None = None,
+        even: bool = False,
     ) -> None:
+        self.even = even
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
         self.ends = None if weights is None else np.cumsum(weights) * (n / np.sum(weights))
         self.epoch = self.start = 0
@@ -74,7 +78,10 @@ class EpochSampler(Sampler[NDArray[np.int64]]):
                 places = np.searchsorted(self.ends, np.arange(self.n) + generator.random(), side="right")
                 order = np.minimum(places, self.n - 1)  # the last end may lie below n by rounding
             order = generator.permutation(order)
-        own = np.resize(order, self._per_process * self.world)[self.rank :: self.world]
+        n = self._per_process
+        if self.even and self.seed is not None:
+            n = len(self) * -(-n // len(self))
+        own = np.resize(order, n * self.world)[self.rank :: self.world]
         batches = np.array_split(own, len(self))
         if self.seed is None:
             batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
@@ -155,11 +162,21 @@ class CountBatches(Dataset[Batch]):
         chosen.rows = self.rows[positions]
         return chosen
 
+    def _read(self, positions: NDArray[np.int64]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Return what the encoder sees and what the decoder must give."""
+        whole = self.cells.counts(self.rows[positions])
+        if self.shown is None:
+            return whole, whole
+        generator = np.random.default_rng([self.seed, *map(int, positions)])
+        return split_counts(whole, self.shown, generator, self.shown_whole)
+
+    def seen(self, positions: NDArray[np.int64]) -> Batch:
+        """Return the expressed genes that the encoder sees and their counts, (B, W) each, without the target."""
+        genes, counts = expressed_batch(self._read(positions)[0])
+        return {"genes": torch.as_tensor(genes), "counts": torch.as_tensor(counts)}
+
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        seen = target = self.cells.counts(self.rows[positions])
-        if self.shown is not None:
-            generator = np.random.default_rng([self.seed, *map(int, positions)])
-            seen, target = split_counts(seen, self.shown, generator, self.shown_whole)
+        seen, target = self._read(positions)
         batch = {"target": torch.from_numpy(target.toarray())}  # (B, G)
         if self.expressed:
             genes, counts = expressed_batch(seen)
@@ -217,7 +234,13 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 def make_loader(
-    data: Dataset[Batch], batch_size: int, seed: int | None, *, num_workers: int = 0, pin_memory: bool = False
+    data: Dataset[Batch],
+    batch_size: int,
+    seed: int | None,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    even: bool = False,
 ) -> ResumableLoader:
     """Make a loader of shuffled batches; without seed in order (validation) and the same in every process."""
     distributed = seed is not None
@@ -225,7 +248,9 @@ def make_loader(
     n = len(data)  # type: ignore[arg-type]
     return ResumableLoader(
         data,
-        sampler=EpochSampler(n, batch_size, seed, rank=rank, world=world, weights=getattr(data, "weights", None)),
+        sampler=EpochSampler(
+            n, batch_size, seed, rank=rank, world=world, weights=getattr(data, "weights", None), even=even
+        ),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -1,7 +1,7 @@
 """What a training step is, as Lightning modules: one plan for the autoencoder, one for the flow."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -63,6 +63,10 @@ class StagePlan(pl.LightningModule):
         """The network in training."""
         raise NotImplementedError
 
+    def compile_step(self) -> None:
+        """Compile the pass through the network that training steps make, for the shapes that come."""
+        raise NotImplementedError
+
     def step_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss to minimise and loss to report, both means over the cells of the batch."""
         raise NotImplementedError
@@ -103,6 +107,21 @@ class StagePlan(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients; Lightning refuses to with a fused optimiser under autocast, also in bf16."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16, where its reason holds
+        if scaled or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(
+                [p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val
+            )
 
     def snapshot(self) -> dict[str, Any]:
         """Return copies of all that a return to this moment needs."""
@@ -146,6 +165,11 @@ class VAEPlan(StagePlan):
     def __init__(self, vae: VAE, config: StageConfig, seed: int) -> None:
         super().__init__(config, seed)
         self.vae = vae
+        self._decode: Callable[..., tuple[Tensor, Tensor]] = vae.decode
+
+    def compile_step(self) -> None:
+        """Compile the decoder; the encoder's input changes its width from batch to batch."""
+        self._decode = torch.compile(self.vae.decode, dynamic=False)
 
     @property
     def network(self) -> nn.Module:
@@ -184,17 +208,17 @@ class VAEPlan(StagePlan):
             divergence = self.vae.config.kl_weight * kl * (width / n_genes)
         else:
             z = self.vae.encode(*encoder_input(self.vae, batch))
-        loss = self._nll(z, genes, target) + divergence
+        loss = self._nll(self._decode, z, genes, target) + divergence
         return loss, loss * (n_genes / width)
 
     def held_out_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Negative log-likelihood of all genes from the (mean) latent."""
         target = batch["target"]
         z = self.vae.encode(*encoder_input(self.vae, batch))
-        return self._nll(z, torch.arange(self.vae.n_genes, device=target.device), target)
+        return self._nll(self.vae.decode, z, torch.arange(self.vae.n_genes, device=target.device), target)
 
-    def _nll(self, z: Tensor, genes: Tensor, target: Tensor) -> Tensor:
-        mu, theta = self.vae.decode(z, genes + 1, target.sum(1, keepdim=True))
+    def _nll(self, decode: Callable[..., tuple[Tensor, Tensor]], z: Tensor, genes: Tensor, target: Tensor) -> Tensor:
+        mu, theta = decode(z, genes + 1, target.sum(1, keepdim=True))
         return -self.vae.log_prob(target, mu, theta.float()).sum(1).mean()
 
 
@@ -212,7 +236,13 @@ class FlowPlan(StagePlan):
     def __init__(self, dit: DiT, config: StageConfig, seed: int) -> None:
         super().__init__(config, seed)
         self.dit = dit
+        self._velocity: Callable[..., Tensor] = dit.forward
+        self._unconditional = dit.unconditional
         self.begin()
+
+    def compile_step(self) -> None:
+        """Compile the whole network."""
+        self._velocity = torch.compile(self.dit.forward, dynamic=False)
 
     @property
     def network(self) -> nn.Module:
@@ -234,6 +264,7 @@ class FlowPlan(StagePlan):
             if self._ema_state is not None:
                 self.ema.load_state_dict(self._ema_state)
         self.ema.to(self.device)
+        self._unconditional = self.dit.unconditional  # made once: a copy to the device would wait for it
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then take the new weights into the average."""
@@ -247,10 +278,10 @@ class FlowPlan(StagePlan):
         x0, t = self._draw(batch["latent"], generator)
         x0 = pair(x0, batch["latent"], batch["labels"], flow.coupling)
         labels = drop_labels(
-            batch["labels"], self.dit.unconditional, strategy=flow.label_dropout, p=flow.p_drop, generator=generator
+            batch["labels"], self._unconditional, strategy=flow.label_dropout, p=flow.p_drop, generator=generator
         )
         x_t, u = interpolate(x0, batch["latent"], t)
-        loss = flow_loss(self.dit(x_t, t, labels), u).mean()
+        loss = flow_loss(self._velocity(x_t, t, labels), u).mean()
         return loss, loss
 
     def held_out_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:

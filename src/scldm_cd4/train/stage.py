@@ -5,7 +5,9 @@ import math
 import os
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import torch
 from torch.utils.data import Dataset
 
 from scldm_cd4._errors import DataError, TrainingError
+from scldm_cd4._precision import KINDS, choose
 from scldm_cd4.config import StageConfig
 from scldm_cd4.train.checkpoint_io import SafetensorsIO, read_state
 from scldm_cd4.train.guard import Guard
 from scldm_cd4.train.loaders import Batch, make_loader
+from scldm_cd4.train.memory import kept_memory
 from scldm_cd4.train.plans import StagePlan
 from scldm_cd4.train.progress import ProgressBar, quiet, wants_progress
 from scldm_cd4.train.rng import isolated_rng
@@ -40,7 +44,15 @@ class Hardware:
     precision: Any = "auto"
     num_workers: int = 0
     progress: bool | None = None
+    compile: bool = False
+    """Compile the training step; all batches then have one size."""
     trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accumulate(self) -> int:
+        """Batches whose gradients make one optimiser step."""
+        return int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
+
 
 
 @dataclass
@@ -55,11 +67,17 @@ class StageResult:
     interrupted: bool
 
 
-def n_epochs(config: StageConfig, n: int, batch_size: int, max_epochs: int | None = None) -> int:
-    """Epochs of a stage on `n` cells: those asked for, else of the configuration, else as `target_steps` needs."""
+def n_epochs(
+    config: StageConfig, n: int, batch_size: int, max_epochs: int | None = None, *, accumulate: int = 1
+) -> int:
+    """Epochs of a stage on `n` cells: those asked for, else of the configuration, else as `target_steps` needs.
+
+    A step takes `accumulate` batches.
+    """
     chosen = max_epochs if max_epochs is not None else config.max_epochs
     if chosen is None:
-        return min(config.epoch_limit, math.ceil(config.target_steps / math.ceil(n / batch_size)))
+        per_epoch = math.ceil(math.ceil(n / batch_size) / accumulate)
+        return min(config.epoch_limit, math.ceil(config.target_steps / per_epoch))
     if chosen < 1:
         raise DataError(f"max_epochs must be at least 1, got {chosen}")
     return chosen
@@ -172,7 +190,8 @@ class _Run:
         name: str,
     ) -> tuple[Guard, int]:
         """Train; return the guard and the optimiser steps made."""
-        plan, epochs = self.plan, n_epochs(self.config, self.n, self.batch, self.max_epochs)
+        plan, accumulate = self.plan, self.hardware.accumulate
+        epochs = n_epochs(self.config, self.n, self.batch, self.max_epochs, accumulate=accumulate)
         every = max(1, epochs // N_VALIDATIONS)
         patience = max(5, math.ceil(0.2 * epochs / every)) if self.early else None
         guard = Guard(every=every, patience=patience, constants=constants, checkpoint=checkpoint)
@@ -180,6 +199,7 @@ class _Run:
         options: dict[str, Any] = {
             "num_workers": hardware.num_workers,
             "pin_memory": hardware.accelerator in ("gpu", "cuda"),
+            "even": hardware.compile,
         }
         loader = make_loader(train, self.batch, self.seed, **options)
         if resume_from is not None:  # Lightning's own attempt comes too late, after the length of the run was asked for
@@ -188,8 +208,11 @@ class _Run:
         held_out = None if validation is None else make_loader(validation, validation_batch, None)
         plan.begin()
         plan.network.train()
+        if hardware.compile:
+            plan.compile_step()
         callbacks = [guard, *([bar] if wants_progress(hardware.progress) else [])]
-        with isolated_rng(self.seed), quiet(), guard.catching_interrupts():
+        catching = guard.catching_interrupts()
+        with isolated_rng(self.seed), quiet(), catching, matmuls(self.hardware), kept_memory():
             trainer = self._trainer(hardware, epochs, every, len(loader), callbacks)
             try:
                 trainer.fit(plan, loader, held_out, ckpt_path=resume_from and str(resume_from))
@@ -232,8 +255,9 @@ class _Run:
             "callbacks": [*callbacks, *extra.pop("callbacks", [])],
             "plugins": [SafetensorsIO(), *extra.pop("plugins", [])],
         }
-        if self.max_epochs is None and self.config.max_epochs is None and n_batches > self.config.target_steps:
-            options["limit_train_batches"] = self.config.target_steps  # one pass over the cells would be longer
+        target = self.config.target_steps * hardware.accumulate
+        if self.max_epochs is None and self.config.max_epochs is None and n_batches > target:
+            options["limit_train_batches"] = target  # one pass over the cells would be longer
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             options["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return pl.Trainer(**options | extra)
@@ -241,16 +265,49 @@ class _Run:
 
 def resolve_hardware(hardware: Hardware) -> Hardware:
     """Replace ``auto``: CUDA where it is, one device unless started by torchrun, bf16 on CUDA and fp32 elsewhere."""
-    accelerator, devices, precision = hardware.accelerator, hardware.devices, hardware.precision
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator, devices, precision = _accelerator(hardware), hardware.devices, hardware.precision
     if devices == "auto":
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if precision == "auto":
         bf16 = accelerator in ("gpu", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16-mixed" if bf16 else "32-true"
-    precision = {"fp32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
+    precision = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
     return replace(hardware, accelerator=accelerator, devices=devices, precision=precision)
+
+
+def _accelerator(hardware: Hardware) -> str:
+    if hardware.accelerator != "auto":
+        return hardware.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matmuls(hardware: Hardware) -> AbstractContextManager[None]:
+    """Return the context in which fp32 products are made as the precision asks; Lightning itself casts to bf16."""
+    device = {"gpu": "cuda"}.get(_accelerator(hardware), _accelerator(hardware))
+    if device not in ("cpu", "cuda") or str(hardware.precision) not in ("auto", *KINDS):
+        return nullcontext()  # a precision of Lightning's own
+    return choose(hardware.precision, torch.device(device)).matmuls()
+
+
+@cache
+def compiler_error(device: str) -> str | None:
+    """Return why `torch.compile` cannot work here, such as a missing C++ compiler; None where it can."""
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda v: (2 * v + 1).sum(), dynamic=False)(x).backward()
+    except (RuntimeError, OSError, ImportError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def without_compiler(hardware: Hardware) -> tuple[Hardware, str | None]:
+    """Return the hardware, not to be compiled for where that cannot be, and then a sentence that says so."""
+    if not hardware.compile:
+        return hardware, None
+    error = compiler_error({"gpu": "cuda"}.get(_accelerator(hardware), _accelerator(hardware)))
+    if error is None:
+        return hardware, None
+    return replace(hardware, compile=False), f"compile=True is not possible here, training goes on without: {error}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
