@@ -4,17 +4,19 @@ Cells are SIMULATED (`datasets.synthetic_cd4`), so their figures say nothing abo
 real (``--shared`` names the folder that holds ``data/``, which is not part of the project)::
 
     OMP_NUM_THREADS=1 python benchmarks/ranking.py quality --seeds 0 1 2 --out quality.json
+    OMP_NUM_THREADS=1 python benchmarks/ranking.py cost
     OMP_NUM_THREADS=1 python benchmarks/ranking.py papalexi --seeds 0 1 2
     OMP_NUM_THREADS=1 python benchmarks/ranking.py noise
     OMP_NUM_THREADS=1 python benchmarks/ranking.py racing
 
 `quality` trains a model with a quarter of the conditions held out and ranks these toward Th1 genes, beside the transfer
-of effects from other contexts, the mean effect of the context, effect sizes and random order. `noise` takes the same
-model. `racing` replaces the model's effects by draws around known ones.
+of effects from other contexts, the mean effect of the context, effect sizes and random order. `noise` and `cost` take
+that model too. `racing` replaces the model's effects by draws around known ones.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from scldm_cd4 import CD4Model, datasets
 from scldm_cd4.data.cells import CellData
@@ -274,6 +277,50 @@ def noise(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {"fewer_cells_for_score": float(score), "fewer_cells_for_effects": float(genes), "conditions": len(paired)}
 
 
+def cost(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Return time and memory of rankings with few cells per condition, and how well these agree with many."""
+    import resource
+
+    adata, held = simulate(options, seed)
+    model = train(adata, held, options, seed)
+    axis = adata.var["true_th1_axis"]
+    goal = {"up": list(axis.index[axis > 0]), "down": list(axis.index[axis < 0])}
+    names = [name for name in model.perturbations if name != "NTC"]
+
+    def ranked(n: int, n_cells: int) -> tuple[pd.Series, float]:
+        start = time.process_time()
+        table = model.rank_perturbations(
+            goal,
+            perturbations=names[:n],
+            donor=model.donors[0],
+            timepoint=model.timepoints[0],
+            method=METHOD,
+            n_cells=n_cells,
+            seed=seed,
+        )
+        return table.set_index("perturbation")["score"], time.process_time() - start
+
+    out: dict[str, Any] = {"load": os.getloadavg(), "threads": torch.get_num_threads()}
+    for n in (20, len(names)):
+        few, seconds = ranked(n, options.n_cells)
+        mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cells = options.n_cells * (n + 2)  # twice as many of the control
+        out[f"{n} candidates"] = {"cells": cells, "cpu_seconds": seconds, "per_cpu_s": cells / seconds, "peak_mib": mib}
+    some = len(names) // 2
+    many, _ = ranked(some, options.many)
+    both = pd.DataFrame({"few": few, "many": many}).dropna()
+    out["agreement"] = {
+        "candidates": len(both),
+        "cells": [options.n_cells, options.many],
+        "spearman": ranking.spearman(both["many"], both["few"]),
+        "top_10": ranking.precision_at_k(both["many"], both["few"], 10),
+    }
+    conditions = len(names) * len(model.donors) * len(model.timepoints)
+    rate = out[f"{len(names)} candidates"]["per_cpu_s"]
+    out["all_contexts"] = {"conditions": conditions, "cpu_minutes": conditions * options.n_cells / rate / 60}
+    return out
+
+
 class Draws:
     """Effects of known size along one direction, with independent noise of cells."""
 
@@ -399,12 +446,13 @@ def _ifngr1(cells: Any) -> pd.Series:
 def main() -> None:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "papalexi", "noise", "racing"))
+    parser.add_argument("what", choices=("quality", "cost", "papalexi", "noise", "racing"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cells", type=int, default=60_000)
     parser.add_argument("--genes", type=int, default=500)
     parser.add_argument("--perturbations", type=int, default=200)
     parser.add_argument("--n-cells", type=int, default=32)
+    parser.add_argument("--many", type=int, default=200, help="cells that few are compared with")
     parser.add_argument("--top-k", type=int, default=20)
     parser.add_argument("--candidates", type=int, default=2000)
     parser.add_argument("--sd", type=float, default=1.0, help="noise of one cell, in units of the effects")
@@ -414,7 +462,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder to keep trained models in")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    work = {"quality": quality, "papalexi": papalexi, "noise": noise, "racing": racing}[options.what]
+    work = {"quality": quality, "cost": cost, "papalexi": papalexi, "noise": noise, "racing": racing}[options.what]
     results = {str(seed): work(options, seed) for seed in options.seeds}
     text = json.dumps({"what": options.what, "simulated": options.what != "papalexi", "results": results}, indent=1)
     if options.out is not None:
