@@ -1,8 +1,8 @@
 """Encoding from expressed genes alone, beside encoding from all genes.
 
-    python -m benchmarks.encoding --preset small            # random weights, simulated counts
-    python -m benchmarks.encoding --preset cd4 --expressed 500 --cells 8
-    python -m benchmarks.encoding --model my_model --data cells.h5ad --cells 200
+    python -m benchmarks encoding --preset small            # random weights, simulated counts
+    python -m benchmarks encoding --preset cd4 --expressed 500 --cells 8
+    python -m benchmarks encoding --model my_model --data cells.h5ad --cells 200
 
 Three ways: every gene of every cell is projected (``all genes``); each pair of gene and count once (``pairs``, what
 `VAE.encode` does on a CPU); expressed genes alone (`SparseEncoder`). The limit is the ratio of the multiplications of

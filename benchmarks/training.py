@@ -1,10 +1,11 @@
 """Training steps beside the matrix products in them, fused against plain AdamW, cached latents against encoding anew.
 
-    python -m benchmarks.training steps --preset small
-    python -m benchmarks.training steps --preset cd4 --batch 4 --precision bf16
-    python -m benchmarks.training cache --preset cd4 --batch 8
-    python -m benchmarks.training optimizer
-    python -m benchmarks.training subset --preset small
+    python -m benchmarks training steps --preset small
+    python -m benchmarks training steps --preset cd4 --batch 4 --precision bf16
+    python -m benchmarks training cache --preset cd4 --batch 8
+    python -m benchmarks training optimizer
+    python -m benchmarks training subset --preset small
+    python -m benchmarks training memory --preset small
 
 ``steps`` records every matrix product of one training step (forward, backward, attention as its products) and runs them
 alone, at the same shapes, strides and types into memory that is already there. The fraction is the time of the products
@@ -12,6 +13,7 @@ over the time of the step.
 """
 
 import argparse
+import resource
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +30,7 @@ from scldm_cd4.config import PRESETS, ModelConfig
 from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.ema import EMA
+from scldm_cd4.train.memory import kept_memory
 from scldm_cd4.train.plans import FlowPlan, StagePlan, VAEPlan
 
 aten = torch.ops.aten
@@ -165,7 +168,7 @@ def steps(options: argparse.Namespace) -> None:
         if options.stage not in (None, name):
             continue
         step = Step(*make(), bf16=bf16)
-        with arithmetic.matmuls():
+        with arithmetic.matmuls(), kept_memory():
             with Products() as products:
                 step()
             if options.compile:
@@ -198,7 +201,7 @@ def cache(options: argparse.Namespace) -> None:
             step.batch["latent"] = plain_encode(vae, target, genes)
         step()
 
-    with choose("fp32", torch.device("cpu")).matmuls():
+    with choose("fp32", torch.device("cpu")).matmuls(), kept_memory():
         with Products() as in_step:
             step()
         with Products() as in_both:
@@ -232,15 +235,42 @@ def subset(options: argparse.Namespace) -> None:
     for name, width in (("all genes", None), ("some genes", config.train_vae.genes_per_step)):
         plan = vae_plan(replace(config, train_vae=replace(config.train_vae, genes_per_step=width)), n_genes)
         ways[name] = Step(plan, batch)
-    times = cpu_seconds(ways, rounds=options.rounds)
+    with choose("fp32", torch.device("cpu")).matmuls(), kept_memory():
+        times = cpu_seconds(ways, rounds=options.rounds)
     value = ratio(times, "all genes", "some genes")
     report(f"decoding some genes, {options.preset}", times, value=value, goal=1.5, genes=n_genes, batch=size)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Time autoencoder steps that keep their memory beside steps that give it back, and count cleared pages."""
+    config = PRESETS[options.preset]
+    size = options.batch or config.train_vae.batch_size
+    step = Step(
+        vae_plan(config, PANEL[options.preset]),
+        vae_batch(config, PANEL[options.preset], EXPRESSED[options.preset], size),
+    )
+    faults: Counter[str] = Counter()
+
+    def some_steps(name: str) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            step()
+        faults[name] = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4
+
+    def kept() -> None:
+        with kept_memory():
+            some_steps("kept")
+
+    times = cpu_seconds({"given back": lambda: some_steps("given back"), "kept": kept}, rounds=options.rounds)
+    facts = {f"pages_{name.replace(' ', '_')}": n for name, n in faults.items()} | {"batch": size}
+    value = ratio(times, "given back", "kept")
+    report(f"memory kept from step to step, {options.preset}", times, value=value, goal=1.1, per=4, **facts)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = {"steps": steps, "cache": cache, "optimizer": optimizer, "subset": subset}
+    ways = {"steps": steps, "cache": cache, "optimizer": optimizer, "subset": subset, "memory": memory}
     parser.add_argument("what", choices=sorted(ways))
     parser.add_argument("--preset", choices=sorted(PANEL), default=None)
     parser.add_argument("--stage", choices=["autoencoder", "flow"], default=None)
