@@ -11,6 +11,7 @@ import torch
 
 from scldm_cd4 import __version__
 from scldm_cd4._errors import DataError, NotTrainedError
+from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
 from scldm_cd4._storage import Storage
@@ -20,7 +21,7 @@ from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
 from scldm_cd4.registry import Registry
-from scldm_cd4.sampling import Sampling
+from scldm_cd4.sampling import CAREFUL_STEPS, Sampling
 
 
 class ModelBase(Storage):
@@ -154,7 +155,7 @@ class ModelBase(Storage):
             "control": registry.control or "none",
             "trained": " and ".join(trained) or "no",
             "parameters": f"{size:,}" if size else "not built yet",
-            "device": str(self.device),
+            "device": f"{self.device}, {choose('auto', self.device).name}",
         }
 
     def __repr__(self) -> str:
@@ -185,7 +186,12 @@ class ModelBase(Storage):
         self._hash = self._hash or state.fingerprint()
         return Trained(vae, state.dit, state.registry, {"package_version": __version__, "model_hash": self._hash})
 
-    def _sampling(self, *, seed: int | None, batch_size: int | None = None, **options: Any) -> Sampling:
+    def _sampling(
+        self, *, seed: int | None, batch_size: int | None = None, careful: bool = False, **options: Any
+    ) -> Sampling:
+        """Return how cells are drawn; `careful` where they are carried to noise and back."""
+        if options.get("n_steps") is None and (careful or "pretrained" in self._state.record):
+            options["n_steps"] = CAREFUL_STEPS
         size = settings.batch_size if batch_size is None else batch_size
         return Sampling.resolve(self.device, seed=resolve_seed(seed), batch_size=size, **options)
 

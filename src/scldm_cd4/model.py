@@ -388,18 +388,18 @@ class CD4Model(ModelBase, QueryMethods):
             1 is the conditional flow, 0 is unconditional (``obs`` then says so); or a dict of weights, see
             `scldm_cd4.flow.guided`.
         n_steps, solver
-            Of the flow; ``midpoint`` with 10 steps.
+            Of the flow; ``midpoint`` with 6 steps, or 10 for `cells` and for imported weights.
         size_factors
             Library sizes: None draws from those of the training cells of the context, ``"context"`` takes their
             median, or one number, or one per cell. For `cells`, None takes their own.
         genes
             Give only these; all are drawn.
         precision
-            ``auto`` (bf16 on CUDA, else fp32), ``fp32`` or ``bf16``.
+            ``auto`` (bf16 on CUDA, else fp32), ``fp32``, ``tf32`` (CUDA only) or ``bf16``.
         seed
             None draws one, which is recorded. Equal seeds give equal cells, whatever else is asked for.
         batch_size
-            Cells per network pass, rounded up to a multiple of 64.
+            Cells computed together, rounded up to a multiple of 8; on CUDA the rows of a network pass.
         out
             An h5ad file or a zarr store to write to as cells come; its ``X`` stays on disk.
         overwrite
@@ -444,7 +444,7 @@ class CD4Model(ModelBase, QueryMethods):
             path = generate_divided(self, engine, labels, sampling=how, **asked, **options)
             return None if path is None else open_written(path)
         trained = self._trained()
-        sampling = self._sampling(seed=seed, guidance=guidance, **how)
+        sampling = self._sampling(seed=seed, guidance=guidance, careful=cells is not None, **how)
         options["workers"] = settings.num_workers
         if cells is not None:
             given = CellData.from_adata(cells, self._state.registry)
