@@ -36,7 +36,10 @@ OUTPUTS = ("counts", "mean", "lognorm", "latent")
 TARGET_SUM = 1e4
 CPU_BATCH, GPU_BATCH = 128, 1024
 """Cells of a work unit."""
-CPU_DECODED = 32
+N_STEPS, CAREFUL_STEPS = 6, 10
+"""Steps of the flow: for models trained here (docs/performance.md has the errors); and where none were measured, which is
+for imported weights, or where cells are carried to noise and back, which shows smaller errors."""
+CPU_DECODED = 16
 """Rows of a pass through the decoder on a CPU, at most: values of all genes are large and should stay in the caches."""
 
 
@@ -48,7 +51,7 @@ class Sampling:
     output: Output = "counts"
     guidance: Guidance = 1.0
     solver: str = "midpoint"
-    n_steps: int = 10
+    n_steps: int = N_STEPS
     precision: str = "fp32"
     batch_size: int = CPU_BATCH
 

@@ -60,7 +60,7 @@ def test_provenance(trained: Any, cells: Any) -> None:
         "timepoint",
     )
     assert facts["control"] == "NTC"
-    assert (facts["solver"], facts["n_steps"], facts["guidance"], facts["seed"]) == ("midpoint", 10, 1.0, 0)
+    assert (facts["solver"], facts["n_steps"], facts["guidance"], facts["seed"]) == ("midpoint", 6, 1.0, 0)
     assert facts["units"].startswith("counts")
     assert len(facts["model_hash"]) == 16
 
@@ -251,7 +251,7 @@ def test_d6_one_weight_serves_all_attributes(trained: Any) -> None:
     assert not same(trained.generate(**ask, guidance=2.0), trained.generate(**ask))
 
 
-@pytest.mark.parametrize(("guidance", "rows_per_cell"), [(0.0, 20), (1.0, 20), (1.5, 40)])
+@pytest.mark.parametrize(("guidance", "rows_per_cell"), [(0.0, 12), (1.0, 12), (1.5, 24)])
 def test_p1_network_rows(trained: Any, monkeypatch: pytest.MonkeyPatch, guidance: float, rows_per_cell: int) -> None:
     rows: list[int] = []
     dit = trained._state.dit
