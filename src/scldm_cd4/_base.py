@@ -17,6 +17,7 @@ from scldm_cd4._state import State
 from scldm_cd4._storage import Storage
 from scldm_cd4.config import ModelConfig
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.mudata import as_anndata, is_mudata
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
@@ -28,9 +29,12 @@ class ModelBase(Storage):
     """A model without its verbs."""
 
     _device: torch.device
+    mdata: Any
+    """The MuData that the cells in `adata` came with; None for an AnnData."""
 
     def _start(self, state: State, adata: Any, device: Any) -> None:
-        self.adata = adata
+        self.mdata = adata if is_mudata(adata) else None
+        self.adata = as_anndata(adata)
         self._state = state
         self._split: Split | None = None
         self._hash: str | None = None
@@ -196,7 +200,7 @@ class ModelBase(Storage):
         return Sampling.resolve(self.device, seed=resolve_seed(seed), batch_size=size, **options)
 
     def _adata(self, adata: Any) -> Any:
-        adata = self.adata if adata is None else adata
+        adata = self.adata if adata is None else as_anndata(adata)
         if adata is None:
             raise DataError("this model was loaded without cells: pass adata=")
         return adata
@@ -251,6 +255,15 @@ def random_shares(split: Any, train: float, validation: float) -> dict[str, floa
     if not 0 < train < 1 or test < -1e-9:
         raise DataError(f"train_size={train} and validation_size={validation} must be shares that add up to at most 1")
     return {"validation": validation, "test": test if test > 1e-9 else 0.0}
+
+
+def refuse_extended(registry: Registry) -> None:
+    """Raise DataError for a model with levels that were added: its cells are not those that it learned from."""
+    if registry.extended:
+        raise DataError(
+            "this model was extended, which has fitted all that is new: there is nothing left to train. To learn all "
+            "weights from more cells, train a new CD4Model on all of them"
+        )
 
 
 def warn_without_control(registry: Registry) -> None:

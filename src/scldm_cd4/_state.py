@@ -75,6 +75,7 @@ class State:
         if stage in ("both", "vae"):
             self.familiarity = Familiarity.fit(self.vae, cells, split, seed)
         self.history |= result.history
+        self.record.pop("reliability", None)
         self._remember(result, split, stage)
         return result
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
@@ -20,17 +21,17 @@ from scldm_cd4.conditions import known_label
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import as_label, read_labels
+from scldm_cd4.data.mudata import as_anndata
 from scldm_cd4.data.setup import require_anndata
 from scldm_cd4.familiarity import warn_of_far_cells
 from scldm_cd4.flow import drop_labels, flow_loss, interpolate
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.registry import Registry
-from scldm_cd4.train.effects import log_ratios
-from scldm_cd4.train.latents import encode_rows
+from scldm_cd4.train.latents import decode_means, encode_rows
 from scldm_cd4.train.rng import keyed_generator
 
 EXTENDABLE = ("donor", "timepoint")
-N_STEPS = 300
+N_STEPS = 200
 BATCH = 128
 """Draws of cell, noise and time per step."""
 LR = 0.05
@@ -82,6 +83,7 @@ def new_levels(registry: Registry, given: Mapping[str, Any]) -> dict[str, list[s
 
 def unknown_levels(adata: Any, registry: Registry) -> dict[str, list[str]]:
     """Return the donors and time points of cells that a model was not trained on."""
+    adata = as_anndata(adata)
     require_anndata(adata)
     out = {}
     for role in EXTENDABLE:
@@ -123,7 +125,9 @@ def extend(
             for role, table in tables.items():
                 new.dit.class_embeddings[role].weight.copy_(table)
         if new.vae.config.label_rank:
-            fit_label_effects(new.vae, cells, {r: registry_codes(registry, r, labels) for r, labels in levels.items()})
+            codes = {role: registry_codes(registry, role, labels) for role, labels in levels.items()}
+            trained = {role: _trained_codes(state.registry, role) for role in levels}
+            fit_label_effects(new.vae, latents, cells.counts(rows), cells.labels, codes, trained)
         new.registry = registry.with_further_cells(cells.labels, library_sizes(cells, rows))
     facts = {"levels": dict(levels), "n_cells": 0 if cells is None else cells.n_cells, "seed": seed}
     new.record = state.record | {"extensions": [*state.record.get("extensions", []), facts]}
@@ -137,6 +141,7 @@ def registry_codes(registry: Registry, role: str, labels: Sequence[str]) -> list
 
 def _cells_of(adata: Any, registry: Registry, before: Registry, levels: Mapping[str, list[str]]) -> CellData:
     """Return the cells that carry a new level, checked and aligned."""
+    adata = as_anndata(adata)
     require_anndata(adata)
     chosen = np.zeros(adata.n_obs, dtype=bool)
     for role, labels in levels.items():
@@ -297,35 +302,57 @@ def fit_embeddings(
     return {role: filled()[name] for role, name in names.items()}
 
 
-def fit_label_effects(vae: VAE, cells: CellData, rows: Mapping[str, Sequence[int]]) -> None:
-    """Write what the latents leave untold of new levels into the effects of labels, in closed form.
+def fit_label_effects(
+    vae: VAE,
+    latents: Tensor,
+    counts: Any,
+    labels: NDArray[np.int64],
+    rows: Mapping[str, Sequence[int]],
+    trained: Mapping[str, Sequence[int]],
+) -> None:
+    r"""Write what the latents leave untold of new levels into the effects of labels, in closed form.
 
-    The shrunk log ratio of observed over decoded counts (`train.effects`), with the effects of all labels in the
-    decoded ones, is projected onto the loadings that the model has and added to the row, role by role.
+    For a gene with o observed counts in n cells and e decoded ones, with those of the new level at the mean of trained
+    levels, the effect is
+    :math:`\frac{\tau^2}{\tau^2 + 1/e + 1/(n \theta)} \ln\frac{o + 1/2}{e + 1/2}`: shrunk as the ratio of negative
+    binomial counts of inverse dispersion :math:`\theta` is uncertain and as trained levels vary, with variance
+    :math:`\tau^2` over levels and genes. Projected onto the loadings that the model has it is added to the row.
 
     Parameters
     ----------
     vae
-        Changed in place, in the rows given alone, which hold their prior.
-    cells
-        Cells with labels.
-    rows
-        Codes by role.
+        Changed in place, in the rows given alone, which hold the mean of the trained ones.
+    latents, counts, labels
+        Of the cells: (n, S, L), CSR (n, G) and (n, 3).
+    rows, trained
+        Codes of the new and of the trained levels by role.
     """
-    assert cells.labels is not None
-    effects = vae.label_effects
+    effects: Any = vae.label_effects
     loadings = effects.loadings.weight[1:].detach().double().cpu().numpy()  # (G, R)
+    library = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).reshape(-1, 1))
     for role, codes in rows.items():
         position, table = ROLES.index(role), effects.vectors[role].weight
+        known = table.detach().double().cpu().numpy()[list(trained[role])] @ loadings.T  # (levels, G)
+        spread = float(np.var(known, axis=0, ddof=1).mean()) if len(known) > 1 else 0.0
         for code in codes:
-            index = np.flatnonzero(cells.labels[:, position] == code)
+            index = np.flatnonzero(labels[:, position] == code)
             if not len(index):
                 continue
+            chosen = torch.from_numpy(index)
+            mean = decode_means(vae, latents[chosen], library[chosen], torch.from_numpy(labels[index])).double()
+            expected = mean.sum(0).numpy() + 0.5
+            observed = np.asarray(counts[index].sum(axis=0), dtype=np.float64).ravel() + 0.5
+            variance = 1 / expected + _inverse_theta(vae) / len(index)
+            vector = np.linalg.lstsq(loadings, spread / (spread + variance) * np.log(observed / expected), rcond=1e-6)[
+                0
+            ]
             with torch.no_grad():
-                conditions, inverse = np.unique(cells.labels[index], axis=0, return_inverse=True)
-                genes = torch.arange(1, vae.n_genes + 1, device=table.device)[None]
-                known = effects(torch.from_numpy(conditions).to(table.device), genes)
-                factors = known.double().exp().cpu().numpy()
-                ratio = log_ratios(vae, cells, index, inverse.ravel(), factors, np.zeros(len(index), dtype=int), 1)[0]
-                vector = np.linalg.lstsq(loadings, ratio, rcond=1e-6)[0]
                 table[code] += torch.from_numpy(vector).to(table)
+
+
+def _inverse_theta(vae: VAE) -> NDArray[np.float64]:
+    """Return 1 / theta of each gene; 0 where the head has no table of dispersions."""
+    head: Any = vae.decoder_head
+    if not (hasattr(head, "theta") or hasattr(head, "theta_embed")):
+        return np.zeros(vae.n_genes)
+    return 1 / head.dispersion().detach().double().cpu().numpy()

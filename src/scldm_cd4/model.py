@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 
 from scldm_cd4 import embedding
-from scldm_cd4._base import ModelBase, random_shares, resolve_seed, train_options, warn_without_control
+from scldm_cd4._base import ModelBase, random_shares, refuse_extended, resolve_seed, train_options, warn_without_control
 from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
 from scldm_cd4.conditions import resolve_requests
 from scldm_cd4.config import ModelConfig, resolve_config
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.mudata import as_anndata, setup_mudata, writable
 from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.data.splits import make_split
 from scldm_cd4.distributed import generate_divided
@@ -22,8 +23,10 @@ from scldm_cd4.evaluation import evaluate
 from scldm_cd4.familiarity import warn_of_far_cells
 from scldm_cd4.generation import counterfactual_cells, generate_cells
 from scldm_cd4.output import gene_positions
+from scldm_cd4.pp._query import prepare_query_anndata
 from scldm_cd4.query import QueryMethods
 from scldm_cd4.ranking import rank_perturbations
+from scldm_cd4.reliability import fit_reliability, reliability
 from scldm_cd4.sampling import used_roles
 from scldm_cd4.sinks import open_written
 
@@ -34,7 +37,7 @@ class CD4Model(ModelBase, QueryMethods):
     Parameters
     ----------
     adata
-        Cells declared by `setup_anndata`. It is not copied and not changed.
+        Cells declared by `setup_anndata`, or a MuData declared by `setup_mudata`. Not copied and not changed.
     config
         Name of a preset (``tiny``, ``small``, ``cd4``) or a `scldm_cd4.config.ModelConfig`.
     overrides
@@ -57,11 +60,15 @@ class CD4Model(ModelBase, QueryMethods):
     """
 
     def __init__(self, adata: Any, config: str | ModelConfig = "small", **overrides: Any) -> None:
-        self._start(State(resolve_config(config, **overrides), fit_registry(adata)), adata, settings.device)
+        self._start(State(resolve_config(config, **overrides), fit_registry(as_anndata(adata))), adata, settings.device)
 
     setup_anndata = staticmethod(setup_anndata)
+    setup_mudata = staticmethod(setup_mudata)
+    prepare_query_anndata = staticmethod(prepare_query_anndata)
     evaluate = evaluate
     rank_perturbations = rank_perturbations
+    reliability = reliability
+    fit_reliability = fit_reliability
 
     def train(
         self,
@@ -128,6 +135,7 @@ class CD4Model(ModelBase, QueryMethods):
         >>> list(model.history)
         ['vae', 'flow']
         """
+        refuse_extended(self._state.registry)
         trainer_kwargs = train_options(trainer_kwargs, signature(self.train).parameters)
         if stage == "flow":
             self._require("vae")
@@ -185,7 +193,8 @@ class CD4Model(ModelBase, QueryMethods):
         batch_size
             Cells at a time.
         key_added
-            Also write the flat latents to this key of ``adata.obsm`` (all cells).
+            Also write the flat latents to this key of ``adata.obsm`` (all cells); of a MuData, of the modality with the
+            counts.
         allow_missing
             Accept that up to half of the model's genes are missing.
         seed
@@ -214,11 +223,11 @@ class CD4Model(ModelBase, QueryMethods):
             raise DataError("give_mean=False is not supported: the latent of a cell is given by its mean")
         if key_added is not None and (indices is not None or not flatten):
             raise DataError("key_added= writes flat latents of all cells: leave out indices= and flatten=")
-        adata = self._adata(adata)
-        cells = self._cells(adata, allow_missing=allow_missing)
+        place = writable((self.adata if self.mdata is None else self.mdata) if adata is None else adata)
+        cells = self._cells(self._adata(adata), allow_missing=allow_missing)
         z = embedding.latents(vae, cells, embedding.as_rows(indices, cells), flatten=flatten, batch_size=batch_size)
         if key_added is not None:
-            adata.obsm[key_added] = z
+            place.obsm[key_added] = z
         return z
 
     def get_latent_representation(
@@ -390,8 +399,9 @@ class CD4Model(ModelBase, QueryMethods):
         n_steps, solver
             Of the flow; ``midpoint`` with 6 steps, or 10 for `cells` and for imported weights.
         size_factors
-            Library sizes: None draws from those of the training cells of the context, ``"context"`` takes their
-            median, or one number, or one per cell. For `cells`, None takes their own.
+            Library sizes: None draws from those of the training cells of the context, shifted as the perturbation
+            shifts them in training; ``"context"`` takes their median, or one number, or one per cell. For `cells`,
+            None takes their own.
         genes
             Give only these; all are drawn.
         precision

@@ -1,0 +1,402 @@
+"""How far to believe a prediction: its expected Pearson-delta, learned on conditions held out of training.
+
+A ridge regression of the agreement with observed effects on what is known before anything is measured: how large the
+predicted effect is, how well it agrees with the prediction in contexts where the perturbation was trained, and on how
+many cells it was trained.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scldm_cd4._errors import CheckpointError, DataError
+from scldm_cd4.conditions import requested_levels, resolve_requests
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.labels import read_labels
+from scldm_cd4.metrics import safe_pearson
+from scldm_cd4.ranking.effects import MIN_OBSERVED, Context, Generated, Observed, target_genes
+from scldm_cd4.ranking.evidence import MIN_CONDITIONS, held_out_conditions
+from scldm_cd4.registry import Registry
+from scldm_cd4.sampling import Sampler, Sampling, role_columns
+
+FEATURES = ("effect_size", "agreement", "n_train_cells_perturbation")
+PENALTIES = (0.01, 0.1, 1.0, 10.0, 1e6)
+"""Ridge penalties per condition; the largest leaves the mean alone."""
+MAX_CONTEXTS = 3
+"""Contexts in which the perturbation was trained that a prediction is compared with."""
+MAX_R = 0.99
+NORMAL_95 = 1.645
+Array = NDArray[np.float64]
+Condition = tuple[str, Context]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What validation conditions taught; `predict` applies it."""
+
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    """Range of the features; beyond it nothing was learned, so they are clipped."""
+    weights: tuple[float, ...]
+    """Intercept and slopes for standardised features, in Fisher's z."""
+    sd: float
+    """Standard deviation of z around predictions of left-out perturbations."""
+    facts: dict[str, Any]
+    """Numbers of conditions and cells, and how left-out perturbations were predicted."""
+
+    def predict(self, features: Array) -> Array:
+        """Return expected value and limits of a 90 % interval (n, 3) for features (n, 3); NaN where one is NaN."""
+        x = (np.clip(features, self.low, self.high) - self.centre) / self.scale
+        z = self.weights[0] + x @ np.array(self.weights[1:])
+        return np.tanh(np.stack([z, z - NORMAL_95 * self.sd, z + NORMAL_95 * self.sd], axis=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        names = ("centre", "scale", "low", "high", "weights")
+        return {n: list(getattr(self, n)) for n in names} | {"sd": self.sd, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """Build from `to_dict`.
+
+        Raises
+        ------
+        CheckpointError
+            The values do not fit.
+        """
+        try:
+            columns = {n: tuple(map(float, values[n])) for n in ("centre", "scale", "low", "high", "weights")}
+            if [len(c) for c in columns.values()] != [len(FEATURES)] * 4 + [len(FEATURES) + 1]:
+                raise ValueError("a number of features that this version does not know")
+            return cls(**columns, sd=float(values["sd"]), facts=dict(values["facts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the saved figures on reliability are damaged: {error!r}") from error
+
+
+def calibrate(features: Array, r: Array, perturbations: Sequence[str], n_cells: Array) -> tuple[Calibration, Array]:
+    """Learn from validation conditions.
+
+    Parameters
+    ----------
+    features
+        Of `FEATURES`, logarithms of the first and last (n, 3).
+    r
+        Observed Pearson-delta (n,).
+    perturbations
+        Of the conditions; all of one are left out together, as contexts of one perturbation are alike.
+    n_cells
+        Observed cells (n,).
+
+    Returns
+    -------
+    The calibration, and what it gives for every condition without its perturbation (n, 3).
+    """
+    from scipy.stats import spearmanr
+
+    z = np.arctanh(np.clip(r, -MAX_R, MAX_R))
+    names, group = np.unique(np.asarray(perturbations, dtype=object).astype(str), return_inverse=True)
+    if len(names) < MIN_CONDITIONS // 2:  # few perturbations: conditions are left out one by one
+        group = np.arange(len(z))
+    left_out, mean_alone = np.empty(len(z)), np.empty(len(z))
+    for g in np.unique(group):
+        rest = group != g
+        left_out[~rest] = _ridge(features[rest], z[rest], {}).z(features[~rest])
+        mean_alone[~rest] = z[rest].mean()
+    error = {"mae": np.tanh(left_out) - r, "mae_of_mean": np.tanh(mean_alone) - r}
+    facts: dict[str, Any] = {
+        "n_conditions": len(z),
+        "n_perturbations": len(names),
+        "median_n_cells": float(np.median(n_cells)),
+        "mean_pearson_delta": float(r.mean()),
+        "left_out_spearman": float(spearmanr(left_out, r).statistic) if np.ptp(left_out) * np.ptp(r) > 0 else None,
+        **{f"left_out_{name}": float(np.abs(e).mean()) for name, e in error.items()},
+    }
+    sd = float(np.sqrt(np.mean(np.square(z - left_out))))
+    facts["left_out_coverage"] = float(np.mean(np.abs(z - left_out) <= NORMAL_95 * sd))
+    limits = [left_out, left_out - NORMAL_95 * sd, left_out + NORMAL_95 * sd]
+    return _ridge(features, z, facts).calibration(sd), np.tanh(np.stack(limits, axis=1))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    centre: Array
+    scale: Array
+    low: Array
+    high: Array
+    weights: Array
+    facts: dict[str, Any]
+
+    def z(self, features: Array) -> Array:
+        return self.weights[0] + (np.clip(features, self.low, self.high) - self.centre) / self.scale @ self.weights[1:]
+
+    def calibration(self, sd: float) -> Calibration:
+        values = (tuple(v.tolist()) for v in (self.centre, self.scale, self.low, self.high, self.weights))
+        return Calibration(*values, sd=sd, facts=self.facts)
+
+
+def _ridge(features: Array, z: Array, facts: dict[str, Any]) -> _Fit:
+    """Fit by ridge; the penalty has the least generalised cross-validation error (Golub, Heath & Wahba 1979)."""
+    n, centre, scale = len(z), features.mean(axis=0), features.std(axis=0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    x, y = (features - centre) / scale, z - z.mean()
+    gram, best = x.T @ x / n, (np.inf, np.zeros(x.shape[1]))
+    for penalty in PENALTIES:
+        inverse = np.linalg.inv(gram + penalty * np.eye(x.shape[1]))
+        slopes = inverse @ x.T @ y / n
+        freedom = 1.0 + np.trace(inverse @ gram)
+        score = np.mean(np.square(y - x @ slopes)) / max(1.0 - freedom / n, 1e-3) ** 2
+        best = min(best, (score, slopes), key=lambda pair: pair[0])
+    weights = np.concatenate([[z.mean()], best[1]])
+    return _Fit(centre, scale, features.min(axis=0), features.max(axis=0), weights, facts)
+
+
+def predicted_features(
+    generated: Generated, registry: Registry, wanted: Sequence[Condition], n_cells: int
+) -> Iterator[tuple[Condition, Array, Array]]:
+    """Yield each condition with its predicted effect (genes,) and its features (3,), perturbation by perturbation.
+
+    The perturbed gene has no part. Agreement is NaN for a perturbation without training cells elsewhere.
+    """
+    elsewhere = {name: _trained_contexts(registry, name) for name, _ in wanted}
+    contexts = dict.fromkeys(c for name, context in wanted for c in (context, *elsewhere[name]))
+    controls = generated.controls(list(contexts), n_cells)
+    for name in dict.fromkeys(name for name, _ in wanted):
+        asked = [context for other, context in wanted if other == name]
+        needed = {c: controls[c] for c in dict.fromkeys([*asked, *elsewhere[name]])}
+        keep = ~target_genes(registry, name)
+        deltas = {c: x.delta[0] * keep for c, x in next(generated.changes([name], needed, n_cells)).items()}
+        total = sum(n for by_time in registry.train_counts.get(name, {}).values() for n in by_time.values())
+        for context in asked:
+            others = [deltas[c] for c in elsewhere[name] if c != context]
+            agreement = safe_pearson(deltas[context][keep], np.mean(others, axis=0)[keep]) if others else np.nan
+            size = np.sqrt(np.mean(np.square(deltas[context][keep])))
+            yield (name, context), deltas[context], np.array([np.log(size + 1e-3), agreement, np.log1p(total)])
+
+
+def _trained_contexts(registry: Registry, name: str) -> list[Context]:
+    """Return the contexts with most training cells of a perturbation."""
+    numbers = {(d, t): n for d, by_time in registry.train_counts.get(name, {}).items() for t, n in by_time.items() if n}
+    return sorted(numbers, key=lambda context: (-numbers[context], context))[:MAX_CONTEXTS]
+
+
+def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: int | None = None) -> pd.DataFrame:
+    """Learn from conditions held out of training how far predictions of other such conditions are to be believed.
+
+    What is learned stays with the model, also when it is saved. `reliability` calls this where the cells of the model
+    hold such conditions.
+
+    Parameters
+    ----------
+    adata
+        Cells that hold conditions without training cells, and the controls of their contexts, at least ten cells of
+        each; None takes those that the model was built with, some held out by ``train(split={"conditions": ...})``.
+        Conditions that a choice of settings was made on make predictions look better than they are.
+    n_cells
+        Cells to generate per condition.
+    seed
+        Of the generated cells.
+
+    Returns
+    -------
+    One row per validation condition: labels, ``n_cells`` observed, ``effect_size``, ``agreement`` and
+    ``n_train_cells_perturbation`` (see `reliability`), the observed ``pearson_delta``, and ``expected_pearson_delta``,
+    ``expected_lo`` and ``expected_hi`` as learned without the perturbation of the row. ``attrs`` holds the errors of
+    these, beside that of the mean alone.
+
+    Raises
+    ------
+    NotTrainedError
+        A stage is not trained.
+    DataError
+        There are fewer than ten such conditions, no control was declared, or the cells cannot be used.
+    """
+    registry, generated, sampling = _source(self, seed)
+    cells = self._adata(adata)
+    wanted = _validation_conditions(cells, registry, sampling.seed)
+    found = _observe(
+        generated, Observed(CellData.from_adata(_known(cells, registry), registry), registry), wanted, n_cells
+    )
+    if len(found) < MIN_CONDITIONS:
+        raise DataError(_too_few(len(found)))
+    features, r, n = np.array([f for _, f, _, _ in found]), *np.array([[r, n] for *_, r, n in found]).T
+    conditions = [condition for condition, *_ in found]
+    calibration, left_out = calibrate(features, r, [name for name, _ in conditions], n)
+    self._state.record["reliability"] = calibration.to_dict()
+    table = _labels(registry, conditions)
+    table["n_cells"] = n.astype(np.int64)
+    table = pd.concat([table, _shown(features)], axis=1)
+    table["pearson_delta"] = r
+    table[["expected_pearson_delta", "expected_lo", "expected_hi"]] = left_out
+    table.attrs = dict(calibration.facts)
+    return table
+
+
+def reliability(
+    self: Any,
+    perturbation: Any = None,
+    donor: Any = None,
+    timepoint: Any = None,
+    *,
+    conditions: pd.DataFrame | None = None,
+    n_cells: int = 100,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    """Say how far predictions of conditions are to be believed, before anything is measured.
+
+    Parameters
+    ----------
+    perturbation, donor, timepoint, conditions
+        As for `generate`; None takes all levels, without the control.
+    n_cells
+        Cells to generate per condition, and in up to three contexts in which its perturbation was trained.
+    seed
+        Of the generated cells.
+
+    Returns
+    -------
+    One row per condition: labels; ``n_train_cells`` of the condition, ``n_train_cells_perturbation`` and
+    ``n_train_contexts`` of its perturbation; ``effect_size``, the root mean square over genes of the predicted
+    difference of log1p(counts per 10,000) from the control; ``agreement``, the Pearson correlation of the predicted
+    effect with the mean of those predicted where the perturbation was trained; ``expected_pearson_delta`` with a 90 %
+    interval ``expected_lo``, ``expected_hi``: the Pearson correlation with the effect in as many real cells as the
+    validation conditions had, each effect against its own controls; and ``note``, which says why a figure is missing.
+    ``attrs`` says from how many conditions it was learned and how well left-out perturbations were predicted.
+
+    Raises
+    ------
+    NotTrainedError
+        A stage is not trained.
+    UnknownCategoryError
+        A label is unknown or was never trained.
+    DataError
+        No control was declared.
+    """
+    registry, generated, _ = _source(self, seed)
+    if conditions is None and perturbation is None:
+        perturbation = [x for x in requested_levels(registry, "perturbation", None) if x != registry.control]
+    labels = {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}
+    requests = resolve_requests(registry, conditions=conditions, **labels)
+    asked = [(str(p), (str(d), str(t))) for d, t, p in dict.fromkeys(request.labels for request in requests)]
+    calibration, reason = _calibration(self, n_cells, seed)
+    wanted = [condition for condition in asked if condition[0] != registry.control]
+    features = {key: values for key, _, values in predicted_features(generated, registry, wanted, n_cells)}
+    values = np.array([features.get(key, np.full(len(FEATURES), np.nan)) for key in asked])
+    table = _labels(registry, asked)
+    table["n_train_cells"] = [registry.n_train(name, *context) for name, context in asked]
+    table["n_train_contexts"] = [registry.n_train_contexts(name) for name, _ in asked]
+    table = pd.concat([table, _shown(values)], axis=1)
+    expected = np.full((len(asked), 3), np.nan) if calibration is None else calibration.predict(values)
+    table[["expected_pearson_delta", "expected_lo", "expected_hi"]] = expected
+    table["note"] = [_note(registry, key, x, reason) for key, x in zip(asked, values, strict=True)]
+    table.attrs = {} if calibration is None else dict(calibration.facts)
+    return table
+
+
+def _source(self: Any, seed: int | None) -> tuple[Registry, Generated, Sampling]:
+    """Return effects from generated cells that share noise with their control."""
+    trained, sampling = self._trained(), self._sampling(seed=seed)
+    registry: Registry = trained.registry
+    if registry.control is None:
+        raise DataError("no control was declared, so there are no effects: setup_anndata(..., control=...)")
+    noise_labels = lambda labels: (labels[0], labels[1], None)  # noqa: E731
+    return (
+        registry,
+        Generated(Sampler(trained.vae, trained.dit, registry, sampling, noise_labels=noise_labels)),
+        sampling,
+    )
+
+
+def _validation_conditions(adata: Any, registry: Registry, seed: int) -> list[Condition]:
+    names = [x for x in requested_levels(registry, "perturbation", None) if x != registry.control]
+    roles = [requested_levels(registry, role, None) for role in ("donor", "timepoint")]
+    contexts = [(d, t) for d in roles[0] for t in roles[1]]
+    return held_out_conditions(adata, registry, names, contexts, seed)
+
+
+def _known(adata: Any, registry: Registry) -> Any:
+    """Return the cells with labels that the model knows."""
+    keep = np.ones(adata.n_obs, dtype=bool)
+    for attribute in registry.attributes:
+        if attribute.column is not None:
+            codes, levels = read_labels(adata.obs, attribute.column, f"{attribute.role}_key")
+            keep &= np.isin(np.array(levels, dtype=object), attribute.levels)[codes]
+    return adata if keep.all() else adata[keep]
+
+
+def _observe(
+    generated: Generated, observed: Observed, wanted: Sequence[Condition], n_cells: int
+) -> list[tuple[Condition, Array, float, int]]:
+    """Return each condition with features, Pearson-delta and observed cells; one that has no control is left out."""
+    controls = observed.controls(list(dict.fromkeys(context for _, context in wanted)), n_cells)
+    out = []
+    usable = [(name, context) for name, context in wanted if context in controls]
+    for (name, context), delta, features in predicted_features(generated, observed.registry, usable, n_cells):
+        seen = next(observed.changes([name], {context: controls[context]}, n_cells)).get(context)
+        if seen is None or not np.isfinite(features).all():
+            continue
+        keep = ~target_genes(observed.registry, name)
+        r = safe_pearson(delta[keep], seen.delta[0][keep])
+        if np.isfinite(r):
+            out.append(((name, context), features, r, seen.n_cells))
+    return out
+
+
+def _calibration(self: Any, n_cells: int, seed: int | None) -> tuple[Calibration | None, str]:
+    """Return what was learned, or why there is nothing."""
+    if "reliability" not in self._state.record:
+        if self.adata is None:
+            return None, (
+                "nothing was learned on validation conditions, and the model has no cells: call fit_reliability(adata) "
+                "with conditions that training did not see"
+            )
+        registry = self._state.registry
+        n = len(_validation_conditions(self.adata, registry, 0)) if registry.train_counts else 0
+        if n < MIN_CONDITIONS:
+            return None, _too_few(n)
+        try:
+            self.fit_reliability(n_cells=n_cells, seed=seed)
+        except DataError as error:
+            return None, str(error)
+    return Calibration.from_dict(self._state.record["reliability"]), ""
+
+
+def _too_few(n: int) -> str:
+    return (
+        f"{n} validation conditions (no training cells, at least {MIN_OBSERVED} observed cells and controls); "
+        f"{MIN_CONDITIONS} are needed: hold some out with train(split={{'conditions': ...}})"
+    )
+
+
+def _note(registry: Registry, condition: Condition, features: Array, reason: str) -> str:
+    name, context = condition
+    if name == registry.control:
+        return "the control has no effect"
+    if reason:
+        return reason
+    if np.isnan(features).any():
+        return "the perturbation has training cells in no other context to compare with"
+    return "trained on; the figure is that of conditions which were not" if registry.n_train(name, *context) else ""
+
+
+def _labels(registry: Registry, conditions: Sequence[Condition]) -> pd.DataFrame:
+    columns = role_columns(registry)
+    parts = {"donor": [c[0] for _, c in conditions], "timepoint": [c[1] for _, c in conditions]}
+    parts["perturbation"] = [name for name, _ in conditions]
+    return pd.DataFrame({columns[role]: values for role, values in parts.items() if role in columns})
+
+
+def _shown(features: Array) -> pd.DataFrame:
+    size, agreement, cells = features.T
+    return pd.DataFrame(
+        {
+            "n_train_cells_perturbation": np.round(np.expm1(cells)),
+            "effect_size": np.exp(size) - 1e-3,
+            "agreement": agreement,
+        }
+    )
