@@ -34,6 +34,7 @@ from scldm_cd4.data.cells import CellData
 from scldm_cd4.metrics import ranking
 from scldm_cd4.noise import stream
 from scldm_cd4.ranking.effects import (
+    MIN_OBSERVED,
     Change,
     Context,
     Control,
@@ -417,7 +418,8 @@ def papalexi(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         adata = cells[cells.obs["replicate"] != unseen].copy()
         CD4Model.setup_anndata(adata, perturbation_key="perturbation", control="NT")
         model = _fitted(adata, options, f"papalexi_without_{unseen}_{seed}", seed, None)
-        others = [name for name in model.perturbations if name not in ("NT", "IFNGR1")]
+        cells_of = adata.obs["perturbation"].value_counts()
+        others = [x for x in model.perturbations if x not in ("NT", "IFNGR1") and cells_of[x] >= MIN_OBSERVED]
         known = np.isin(others, members)
         found = {}
         for effects in ("generated", "observed", "both"):
