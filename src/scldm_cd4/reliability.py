@@ -1,159 +1,34 @@
 """How far to believe a prediction: its expected Pearson-delta, learned on conditions held out of training.
 
-A ridge regression of the agreement with observed effects on what is known before anything is measured: how large the
-predicted effect is, how well it agrees with the prediction in contexts where the perturbation was trained, and on how
-many cells it was trained.
+It is told from what is known before anything is measured: how large the predicted effect is, how well it agrees with
+the prediction in contexts where the perturbation was trained, and on how many cells it was trained (`calibration`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from scldm_cd4._errors import CheckpointError, DataError
+from scldm_cd4._errors import DataError
+from scldm_cd4.calibration import FEATURES, Calibration, calibrate
 from scldm_cd4.conditions import requested_levels, resolve_requests
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.metrics import safe_pearson
+from scldm_cd4.noise import stream
 from scldm_cd4.ranking.effects import MIN_OBSERVED, Context, Generated, Observed, target_genes
 from scldm_cd4.ranking.evidence import MIN_CONDITIONS, held_out_conditions
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampler, Sampling, role_columns
 
-FEATURES = ("effect_size", "agreement", "n_train_cells_perturbation")
-PENALTIES = (0.01, 0.1, 1.0, 10.0, 1e6)
-"""Ridge penalties per condition; the largest leaves the mean alone."""
 MAX_CONTEXTS = 3
 """Contexts in which the perturbation was trained that a prediction is compared with."""
-MAX_R = 0.99
-NORMAL_95 = 1.645
+MAX_CONDITIONS = 100
+"""Validation conditions that are looked at: a seeded sample of more, which four numbers do not need."""
 Array = NDArray[np.float64]
 Condition = tuple[str, Context]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What validation conditions taught; `predict` applies it."""
-
-    centre: tuple[float, ...]
-    scale: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    """Range of the features; beyond it nothing was learned, so they are clipped."""
-    weights: tuple[float, ...]
-    """Intercept and slopes for standardised features, in Fisher's z."""
-    sd: float
-    """Standard deviation of z around predictions of left-out perturbations."""
-    facts: dict[str, Any]
-    """Numbers of conditions and cells, and how left-out perturbations were predicted."""
-
-    def predict(self, features: Array) -> Array:
-        """Return expected value and limits of a 90 % interval (n, 3) for features (n, 3); NaN where one is NaN."""
-        x = (np.clip(features, self.low, self.high) - self.centre) / self.scale
-        z = self.weights[0] + x @ np.array(self.weights[1:])
-        return np.tanh(np.stack([z, z - NORMAL_95 * self.sd, z + NORMAL_95 * self.sd], axis=1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
-        names = ("centre", "scale", "low", "high", "weights")
-        return {n: list(getattr(self, n)) for n in names} | {"sd": self.sd, "facts": dict(self.facts)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """Build from `to_dict`.
-
-        Raises
-        ------
-        CheckpointError
-            The values do not fit.
-        """
-        try:
-            columns = {n: tuple(map(float, values[n])) for n in ("centre", "scale", "low", "high", "weights")}
-            if [len(c) for c in columns.values()] != [len(FEATURES)] * 4 + [len(FEATURES) + 1]:
-                raise ValueError("a number of features that this version does not know")
-            return cls(**columns, sd=float(values["sd"]), facts=dict(values["facts"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the saved figures on reliability are damaged: {error!r}") from error
-
-
-def calibrate(features: Array, r: Array, perturbations: Sequence[str], n_cells: Array) -> tuple[Calibration, Array]:
-    """Learn from validation conditions.
-
-    Parameters
-    ----------
-    features
-        Of `FEATURES`, logarithms of the first and last (n, 3).
-    r
-        Observed Pearson-delta (n,).
-    perturbations
-        Of the conditions; all of one are left out together, as contexts of one perturbation are alike.
-    n_cells
-        Observed cells (n,).
-
-    Returns
-    -------
-    The calibration, and what it gives for every condition without its perturbation (n, 3).
-    """
-    from scipy.stats import spearmanr
-
-    z = np.arctanh(np.clip(r, -MAX_R, MAX_R))
-    names, group = np.unique(np.asarray(perturbations, dtype=object).astype(str), return_inverse=True)
-    if len(names) < MIN_CONDITIONS // 2:  # few perturbations: conditions are left out one by one
-        group = np.arange(len(z))
-    left_out, mean_alone = np.empty(len(z)), np.empty(len(z))
-    for g in np.unique(group):
-        rest = group != g
-        left_out[~rest] = _ridge(features[rest], z[rest], {}).z(features[~rest])
-        mean_alone[~rest] = z[rest].mean()
-    error = {"mae": np.tanh(left_out) - r, "mae_of_mean": np.tanh(mean_alone) - r}
-    facts: dict[str, Any] = {
-        "n_conditions": len(z),
-        "n_perturbations": len(names),
-        "median_n_cells": float(np.median(n_cells)),
-        "mean_pearson_delta": float(r.mean()),
-        "left_out_spearman": float(spearmanr(left_out, r).statistic) if np.ptp(left_out) * np.ptp(r) > 0 else None,
-        **{f"left_out_{name}": float(np.abs(e).mean()) for name, e in error.items()},
-    }
-    sd = float(np.sqrt(np.mean(np.square(z - left_out))))
-    facts["left_out_coverage"] = float(np.mean(np.abs(z - left_out) <= NORMAL_95 * sd))
-    limits = [left_out, left_out - NORMAL_95 * sd, left_out + NORMAL_95 * sd]
-    return _ridge(features, z, facts).calibration(sd), np.tanh(np.stack(limits, axis=1))
-
-
-@dataclass(frozen=True)
-class _Fit:
-    centre: Array
-    scale: Array
-    low: Array
-    high: Array
-    weights: Array
-    facts: dict[str, Any]
-
-    def z(self, features: Array) -> Array:
-        return self.weights[0] + (np.clip(features, self.low, self.high) - self.centre) / self.scale @ self.weights[1:]
-
-    def calibration(self, sd: float) -> Calibration:
-        values = (tuple(v.tolist()) for v in (self.centre, self.scale, self.low, self.high, self.weights))
-        return Calibration(*values, sd=sd, facts=self.facts)
-
-
-def _ridge(features: Array, z: Array, facts: dict[str, Any]) -> _Fit:
-    """Fit by ridge; the penalty has the least generalised cross-validation error (Golub, Heath & Wahba 1979)."""
-    n, centre, scale = len(z), features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
-    x, y = (features - centre) / scale, z - z.mean()
-    gram, best = x.T @ x / n, (np.inf, np.zeros(x.shape[1]))
-    for penalty in PENALTIES:
-        inverse = np.linalg.inv(gram + penalty * np.eye(x.shape[1]))
-        slopes = inverse @ x.T @ y / n
-        freedom = 1.0 + np.trace(inverse @ gram)
-        score = np.mean(np.square(y - x @ slopes)) / max(1.0 - freedom / n, 1e-3) ** 2
-        best = min(best, (score, slopes), key=lambda pair: pair[0])
-    weights = np.concatenate([[z.mean()], best[1]])
-    return _Fit(centre, scale, features.min(axis=0), features.max(axis=0), weights, facts)
 
 
 def predicted_features(
@@ -188,8 +63,8 @@ def _trained_contexts(registry: Registry, name: str) -> list[Context]:
 def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: int | None = None) -> pd.DataFrame:
     """Learn from conditions held out of training how far predictions of other such conditions are to be believed.
 
-    What is learned stays with the model, also when it is saved. `reliability` calls this where the cells of the model
-    hold such conditions.
+    At most 100 conditions are looked at. What is learned stays with the model, also when it is saved. `reliability`
+    calls this where the cells of the model hold such conditions.
 
     Parameters
     ----------
@@ -316,7 +191,11 @@ def _validation_conditions(adata: Any, registry: Registry, seed: int) -> list[Co
     names = [x for x in requested_levels(registry, "perturbation", None) if x != registry.control]
     roles = [requested_levels(registry, role, None) for role in ("donor", "timepoint")]
     contexts = [(d, t) for d in roles[0] for t in roles[1]]
-    return held_out_conditions(adata, registry, names, contexts, seed)
+    found = held_out_conditions(adata, registry, names, contexts, seed)
+    if len(found) <= MAX_CONDITIONS:
+        return found
+    chosen = stream(seed, ("validation",), 0, "reliability").choice(len(found), MAX_CONDITIONS, replace=False)
+    return [found[i] for i in np.sort(chosen)]
 
 
 def _known(adata: Any, registry: Registry) -> Any:

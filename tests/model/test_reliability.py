@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from scldm_cd4 import CD4Model, CheckpointError, DataError, datasets
-from scldm_cd4.reliability import Calibration, calibrate
+from scldm_cd4.calibration import Calibration, calibrate
 
 
 def planted(slope: float, n: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
