@@ -5,8 +5,9 @@ effects of labels. Both start at the mean of the levels that were trained and le
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ EXTENDABLE = ("donor", "timepoint")
 N_STEPS = 200
 BATCH = 128
 """Draws of cell, noise and time per step."""
+N_START = 8
+"""Draws to measure the loss at the start."""
 LR = 0.05
 """Of Adam, in units of the spread of the trained levels."""
 PRIOR_CELLS = 1.0
@@ -248,49 +251,27 @@ def fit_embeddings(
     -------
     The whole table of each role, fitted rows in place.
     """
-    device, n = latents.device, len(latents)
-    generator = keyed_generator(seed, 40)
-    names = {role: f"class_embeddings.{role}.weight" for role in rows}
     tables = {role: dit.class_embeddings[role].weight.detach() for role in rows}
-    steps = {role: torch.zeros(len(codes), tables[role].shape[1], device=device) for role, (codes, _) in rows.items()}
-    numbers = {
-        role: torch.stack([(labels[:, ROLES.index(role)] == code).sum() for code in codes])
+    steps = {role: torch.zeros_like(tables[role][codes]).requires_grad_(True) for role, (codes, _) in rows.items()}
+    penalties = {
+        role: torch.stack([PRIOR_CELLS / (labels[:, ROLES.index(role)] == c).sum().clamp(min=1) for c in codes])
         for role, (codes, _) in rows.items()
     }
-    for step in steps.values():
-        step.requires_grad_(True)
-
-    def filled() -> dict[str, Tensor]:
-        return {
-            names[role]: tables[role].index_copy(
-                0, torch.tensor(codes, device=device), prior.mean + prior.sd * steps[role]
-            )
-            for role, (codes, prior) in rows.items()
-        }
-
-    def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        index = torch.randperm(n, generator=generator)[torch.arange(BATCH) % n].to(device)
-        t = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
-        x0 = torch.randn((BATCH, *latents.shape[1:]), generator=generator).to(device)
-        chosen, strategy = labels[index], dit.config.label_dropout
-        if strategy != "joint":  # where all labels are dropped together, nothing of a row is learned
-            chosen = drop_labels(chosen, dit.unconditional, strategy=strategy, p=dit.config.p_drop, generator=generator)
-        x_t, u = interpolate(x0, latents[index], t.to(device))
-        return x_t, t.to(device), chosen, u
-
-    frozen = {k: v.detach() for k, v in dit.state_dict().items()}
+    draws = _draws(dit, latents, labels, seed)
     with torch.no_grad():
-        losses = [flow_loss(dit(x_t, t, chosen), u).mean() for x_t, t, chosen, u in (draw() for _ in range(8))]
-        scale = torch.stack(losses).mean().clamp(min=1e-12)
+        start = [flow_loss(dit(x_t, t, chosen), u).mean() for x_t, t, chosen, u in islice(draws, N_START)]
+    scale = torch.stack(start).mean().clamp(min=1e-12)
+    frozen = {name: value.detach() for name, value in dit.state_dict().items()}
     optimiser = torch.optim.Adam(list(steps.values()), lr=LR, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(n_steps, 1), eta_min=0.1 * LR)
-    mean = {role: torch.zeros_like(step) for role, step in steps.items()}
-    n_averaged = max(1, n_steps // 3)
-    for i in range(n_steps):
-        x_t, t, chosen, u = draw()
-        loss = flow_loss(functional_call(dit, frozen | filled(), (x_t, t, chosen)), u).mean() / scale
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps, eta_min=0.1 * LR)
+    mean, n_averaged = {role: torch.zeros_like(step) for role, step in steps.items()}, max(1, n_steps // 3)
+    for i, (x_t, t, chosen, u) in enumerate(islice(draws, n_steps)):
+        weights = frozen | {
+            f"class_embeddings.{role}.weight": table for role, table in _filled(tables, rows, steps).items()
+        }
+        loss = flow_loss(functional_call(dit, weights, (x_t, t, chosen)), u).mean() / scale
         for role, step in steps.items():
-            loss = loss + (PRIOR_CELLS / numbers[role].clamp(min=1) * step.square().mean(1)).sum()
+            loss = loss + (penalties[role] * step.square().mean(1)).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -298,8 +279,33 @@ def fit_embeddings(
         if i >= n_steps - n_averaged:
             for role, step in steps.items():
                 mean[role] += step.detach() / n_averaged
-    steps = mean
-    return {role: filled()[name] for role, name in names.items()}
+    return _filled(tables, rows, mean)
+
+
+def _filled(
+    tables: Mapping[str, Tensor], rows: Mapping[str, tuple[list[int], Prior]], steps: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tables with rows at steps from the prior mean, in units of its standard deviation."""
+    out = {}
+    for role, (codes, prior) in rows.items():
+        index = torch.tensor(codes, device=tables[role].device)
+        out[role] = tables[role].index_copy(0, index, prior.mean + prior.sd * steps[role])
+    return out
+
+
+def _draws(dit: DiT, latents: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield states, times, labels and target velocities of `BATCH` draws; times are spread evenly in each."""
+    device, n, generator = latents.device, len(latents), keyed_generator(seed, 40)
+    while True:
+        index = torch.randperm(n, generator=generator)[torch.arange(BATCH) % n].to(device)
+        t = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
+        x0 = torch.randn((BATCH, *latents.shape[1:]), generator=generator).to(device)
+        chosen, strategy = labels[index], dit.config.label_dropout
+        if strategy != "joint":  # where all labels are dropped together, nothing of a row is learned
+            p = dit.config.p_drop
+            chosen = drop_labels(chosen, dit.unconditional, strategy=strategy, p=p, generator=generator)
+        x_t, u = interpolate(x0, latents[index], t.to(device))
+        yield x_t, t.to(device), chosen, u
 
 
 def fit_label_effects(
