@@ -115,7 +115,8 @@ class CD4Model(ModelBase, QueryMethods):
         seed
             Of everything drawn; None draws one, which is recorded.
         trainer_kwargs
-            ``num_workers``, ``progress``, and what ``lightning.pytorch.Trainer`` takes.
+            ``num_workers``, ``progress``, ``compile`` (compile the training steps with ``torch.compile``), and what
+            ``lightning.pytorch.Trainer`` takes, such as ``accumulate_grad_batches``.
 
         Raises
         ------
