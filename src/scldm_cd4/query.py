@@ -20,6 +20,7 @@ class QueryMethods:
     """New donors and time points from a few cells."""
 
     adata: Any
+    mdata: Any
     device: Any
     _state: State
 
@@ -92,7 +93,7 @@ class QueryMethods:
         levels = new_levels(self._state.registry, {"donor": donor, "timepoint": timepoint})
         state, cells = extend(self._state, adata, levels, seed=resolve_seed(seed))
         model = type(self).__new__(type(self))
-        model._start(state, self.adata if cells is None else adata, self.device)
+        model._start(state, (self.adata if self.mdata is None else self.mdata) if cells is None else adata, self.device)
         return model
 
     @classmethod
