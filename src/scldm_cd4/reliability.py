@@ -90,6 +90,12 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
         A stage is not trained.
     DataError
         There are fewer than ten such conditions, no control was declared, or the cells cannot be used.
+
+    Examples
+    --------
+    >>> model.fit_reliability(seed=0)  # this model held out three conditions
+    Traceback (most recent call last):
+    scldm_cd4._errors.DataError: 3 validation conditions ...
     """
     registry, generated, sampling = _source(self, seed)
     cells = self._adata(adata)
@@ -151,6 +157,12 @@ def reliability(
         A label is unknown or was never trained.
     DataError
         No control was declared.
+
+    Examples
+    --------
+    >>> table = model.reliability("GATA3", donor="CE0008162", n_cells=20, seed=0)
+    >>> bool(table["expected_pearson_delta"].isna().all())  # too few conditions were held out, as the note says
+    True
     """
     registry, generated, _ = _source(self, seed)
     if conditions is None and perturbation is None:
