@@ -43,6 +43,7 @@ if os.environ.get("READTHEDOCS"):
 
 autosummary_generate = True
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
 autodoc_typehints = "signature"
 napoleon_google_docstring = False
 napoleon_use_ivar = True
@@ -57,6 +58,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_execution_show_tb = True
 nb_merge_streams = True
+suppress_warnings = ["myst-nb.lexer"]  # of pages that were not run
 
 html_theme = "sphinx_book_theme"
 html_title = "scldm_cd4"

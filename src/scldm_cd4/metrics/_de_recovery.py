@@ -50,8 +50,8 @@ def de_table(
     ``de_direction_yield``   genes of P with the right sign / max(\|P\|, \|R\|) (cell-eval2)          1
     ``de_direction_reach``   part of R, in order of the predicted p, up to which 90 % have the        1, near 0
                              right sign (cell-eval2)
-    ``de_n_real``            \|R\|                                                                    -
-    ``de_n_pred``            \|P\|                                                                    -
+    ``de_n_real``            \|R\|                                                                    none
+    ``de_n_pred``            \|P\|                                                                    none
     ======================== ======================================================================== ============
 
     Without real significant genes all scores are NaN: there is nothing to recover. With real but no predicted ones
