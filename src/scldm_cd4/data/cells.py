@@ -11,6 +11,7 @@ from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
+from scldm_cd4.data.mudata import as_anndata
 from scldm_cd4.data.rows import place_columns
 from scldm_cd4.data.setup import (
     SETUP_KEY,
@@ -87,8 +88,10 @@ class CellData:
         library: np.ndarray,
         report: AlignmentReport,
         obs: Any,
+        named: Any = None,
     ) -> None:
         self._reader = reader
+        self._named = named
         self._target = target  # (genes of the data,): gene of the model, -1 for none
         self.registry = registry
         self.labels = labels
@@ -128,6 +131,7 @@ class CellData:
         UnknownCategoryError
             A label is unknown to `registry`.
         """
+        adata = as_anndata(adata)
         require_anndata(adata)
         if adata.n_obs == 0:
             raise DataError("the AnnData has no cells")
@@ -143,11 +147,22 @@ class CellData:
             library=np.empty(adata.n_obs),
             report=report,
             obs=adata.obs,
+            named=adata,
         )
         cells._fill_library(adata, keys)
         if report.n_missing:
             warnings.warn(f"{report} The missing genes are left out of the encoder's input.", UserWarning, stacklevel=2)
         return cells
+
+    @property
+    def block(self) -> int:
+        """Neighbouring cells that should be read together; 1 where the counts are in memory."""
+        return self._reader.source.block
+
+    @property
+    def slow(self) -> str:
+        """Why cells are slow to read in random order and what helps; empty where they are not."""
+        return self._reader.source.slow
 
     @property
     def n_cells(self) -> int:
@@ -162,7 +177,7 @@ class CellData:
     @property
     def obs_names(self) -> Any:
         """The names of the cells, a pandas Index."""
-        return self.obs.index
+        return self.obs.index if self._named is None else self._named.obs_names
 
     def __len__(self) -> int:
         return self.n_cells
@@ -208,7 +223,9 @@ class CellData:
         where, genes = self._reader.where, self.registry.genes
         for rows, block in self._reader.chunks():
             try:
-                self.library[rows] = check_block(self._to_model(block), rows.start, where, self.obs_names, genes)
+                self.library[rows] = check_block(
+                    self._to_model(block), rows.start, where, lambda: self.obs_names, genes
+                )
             except DataError as error:
                 raise DataError(f"{error}{counts_hint(adata, keys['layer'])}") from None
         refuse_empty_cells(self.library, where)

@@ -63,14 +63,60 @@ def open_h5ad(path: str | Path, backed: bool = False, *, max_bytes: int = MAX_BY
         ) from error
 
 
-def _inspect(file: Any, backed: bool, max_bytes: int) -> None:
+def open_group(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Open an h5ad file or a zarr store of one AnnData to read parts of it.
+
+    Of an h5ad file the structure is looked at as by `open_h5ad`; matrices are looked at when they are read.
+
+    Parameters
+    ----------
+    path
+        The file, or the folder of the zarr store; it is only read.
+    max_bytes
+        Largest size in memory, in bytes, of ``obs`` and ``var`` together.
+
+    Returns
+    -------
+    The root, of h5py or zarr.
+
+    Raises
+    ------
+    DataError
+        There is no such file, or it is refused.
+    """
+    import h5py
+
+    path = Path(path)
+    if path.is_dir():
+        import zarr
+
+        try:
+            return zarr.open_group(str(path), mode="r")
+        except Exception as error:
+            raise DataError(f"{path} cannot be read as a zarr store: {error}") from error
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    try:
+        file = h5py.File(path, "r")
+        _inspect(file, True, max_bytes, loaded=("/obs/", "/var/"))
+    except DataError as error:
+        raise DataError(f"{path} is refused: {error}") from None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as h5ad, it is damaged, truncated or of another kind: {error}"
+        ) from error
+    return file
+
+
+def _inspect(file: Any, backed: bool, max_bytes: int, loaded: tuple[str, ...] = ()) -> None:
+    """Look at all objects; with `loaded`, only what lies there counts as read into memory."""
     import h5py
 
     total = 0
     for obj in _walk(file):
         if isinstance(obj, h5py.Dataset):
             size = _check_dataset(obj)
-            if not (backed and _is_backed(obj.name)):
+            if obj.name.startswith(loaded) if loaded else not (backed and _is_backed(obj.name)):
                 total += size
             if total > max_bytes:
                 raise DataError(
@@ -79,7 +125,7 @@ def _inspect(file: Any, backed: bool, max_bytes: int) -> None:
                 )
     for obj in _walk(file):
         if isinstance(obj, h5py.Group) and {"data", "indices", "indptr"} <= set(obj):
-            _check_sparse(obj)
+            _check_sparse(obj, whole=not loaded)
 
 
 def _is_backed(name: str) -> bool:
@@ -130,7 +176,8 @@ def _check_dataset(data: Any) -> int:
     return size
 
 
-def _check_sparse(group: Any) -> None:
+def _check_sparse(group: Any, whole: bool) -> None:
+    """Look at shape and starts of the rows, and with `whole` at all indices."""
     shape = group.attrs.get("shape", group.attrs.get("h5sparse_shape"))
     kind = group.attrs.get("encoding-type", group.attrs.get("h5sparse_format"))
     if shape is None or kind is None:
@@ -154,7 +201,7 @@ def _check_sparse(group: Any) -> None:
         last = int(part[-1])
     if int(indptr[0]) != 0 or last != len(indices):
         raise DataError(f"{group.name} is damaged: its row starts do not span the {len(indices)} values")
-    for part in _parts(indices):
+    for part in _parts(indices) if whole else ():
         if part.min() < 0 or part.max() >= minor:
             raise DataError(f"{group.name} is damaged: it has an index outside 0..{minor - 1}")
 

@@ -100,8 +100,10 @@ def check_block(block: Any, start: int, where: str, obs_names: Any, genes: Any, 
         The number of its first cell.
     where
         The name of the matrix, in messages.
-    obs_names, genes
-        Names of all cells and of the columns.
+    obs_names
+        Names of all cells, or a function that reads them.
+    genes
+        Names of the columns.
     hint
         Added to the message about a value that is no count.
 
@@ -121,16 +123,20 @@ def check_block(block: Any, start: int, where: str, obs_names: Any, genes: Any, 
         gene = genes[block.indices[at]]
         raise DataError(
             f"{where} must hold raw counts (finite, >= 0, whole), but has {block.data[at]:g} at cell "
-            f"{obs_names[start + row]!r} (row {start + row}), gene {gene!r}.{hint}"
+            f"{_name(obs_names, start + row)!r} (row {start + row}), gene {gene!r}.{hint}"
         )
     totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
     if len(totals) and totals.max() > MAX_TOTAL:
         row = int(totals.argmax())
         raise DataError(
-            f"cell {obs_names[start + row]!r} (row {start + row}) has {totals[row]:.0f} counts in {where}; more than "
-            f"{MAX_TOTAL:.0f} per cell are no single-cell counts. Give raw UMI counts, or drop such cells"
+            f"cell {_name(obs_names, start + row)!r} (row {start + row}) has {totals[row]:.0f} counts in {where}; more "
+            f"than {MAX_TOTAL:.0f} per cell are no single-cell counts. Give raw UMI counts, or drop such cells"
         )
     return totals
+
+
+def _name(obs_names: Any, row: int) -> Any:
+    return (obs_names() if callable(obs_names) else obs_names)[row]
 
 
 def counts_hint(adata: Any, layer: str | None) -> str:

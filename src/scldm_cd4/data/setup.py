@@ -10,6 +10,7 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.labels import as_label, get_column, label_kind, read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
+from scldm_cd4.data.store import CellStore
 from scldm_cd4.registry import Attribute, Registry, suggestion
 
 SETUP_KEY = "_scldm_cd4"
@@ -117,11 +118,13 @@ def read_declaration(adata: Any) -> dict[str, str | None]:
 
 
 def require_anndata(adata: Any) -> None:
-    """Raise DataError for what is no AnnData, such as the name of a file."""
+    """Raise DataError for what is no AnnData or `CellStore`, such as the name of a file."""
     from anndata import AnnData
 
-    if not isinstance(adata, AnnData):
-        hint = f": read the file first, anndata.read_h5ad({str(adata)!r})" if isinstance(adata, str | Path) else ""
+    if not isinstance(adata, AnnData | CellStore):
+        hint = ": declare a MuData with setup_mudata" if type(adata).__name__ == "MuData" else ""
+        if isinstance(adata, str | Path | list | tuple):
+            hint = ": open files first, scldm_cd4.open_cells(...), or read one into memory, anndata.read_h5ad(...)"
         raise DataError(f"an AnnData is needed, got {type(adata).__name__}{hint}")
 
 
@@ -242,7 +245,7 @@ def _check_counts(adata: Any, layer: str | None, genes: list[str]) -> None:
     totals = np.empty(adata.n_obs)
     for rows, block in reader.chunks():
         try:
-            totals[rows] = check_block(block, rows.start, reader.where, adata.obs_names, genes)
+            totals[rows] = check_block(block, rows.start, reader.where, lambda: adata.obs_names, genes)
         except DataError as error:
             raise DataError(f"{error}{counts_hint(adata, layer)}") from None
     refuse_empty_cells(totals, reader.where)

@@ -19,6 +19,8 @@ SAVE_EVERY = 60.0
 """Seconds between two checkpoints on disk."""
 GRACE = 0.2
 """Share of the epochs whose validation losses do not count: with few held-out cells a lucky early one would win."""
+AGREE_EVERY = 10
+"""Optimiser steps after which several processes ask each other whether to save or to stop."""
 CHECK_EVERY = 50
 """Steps between two looks at the loss on devices where a look makes the processor wait."""
 
@@ -71,10 +73,14 @@ class Guard(pl.Callback):
         ending = batch_idx + 1 == trainer.num_training_batches  # then the end of the epoch saves
         # gradients gathered over several batches are no part of a checkpoint: stop and save after optimiser steps
         stepped = ending or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        trainer.should_stop = trainer.should_stop or (self.interrupted and stepped)
-        if stepped and not ending and (self.interrupted or time.monotonic() - self.saved > SAVE_EVERY):
-            self._save(trainer)
-            self.saved_inside = self.interrupted
+        if trainer.world_size > 1 and (batch_idx + 1) % (AGREE_EVERY * trainer.accumulate_grad_batches):
+            stepped = ending  # the processes stop and save together: they ask each other now and then
+        if stepped and not ending:
+            due = self._due(trainer)
+            trainer.should_stop = trainer.should_stop or self.interrupted
+            if due or self.interrupted:
+                self._save(trainer)
+                self.saved_inside = self.interrupted
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch to the history and keep the weights if they are the ones to keep."""
@@ -91,10 +97,18 @@ class Guard(pl.Callback):
             raise TrainingError(f"the validation loss became {held_out} after epoch {epoch}")
         if validated or (epoch + 1) % self.every == 0:
             self._keep(trainer, plan, held_out)
-        if not self.saved_inside and (
-            time.monotonic() - self.saved > SAVE_EVERY or trainer.should_stop or epoch + 1 == trainer.max_epochs
-        ):
+        due = self._due(trainer)
+        trainer.should_stop = trainer.should_stop or self.interrupted
+        if not self.saved_inside and (due or trainer.should_stop or epoch + 1 == trainer.max_epochs):
             self._save(trainer)
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        """Return whether to save by now, and take note of an interrupt, of any process."""
+        due = time.monotonic() - self.saved > SAVE_EVERY
+        if trainer.world_size > 1:
+            flags = torch.tensor([float(due), float(self.interrupted)], device=trainer.strategy.root_device)
+            due, self.interrupted = (value > 0 for value in trainer.strategy.reduce(flags, reduce_op="sum").tolist())
+        return due
 
     def _keep(self, trainer: pl.Trainer, plan: StagePlan, held_out: float) -> None:
         settled = trainer.current_epoch + 1 > GRACE * (trainer.max_epochs or 0)

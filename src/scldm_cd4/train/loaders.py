@@ -1,95 +1,38 @@
 """Shuffled batches of training cells, drawn from the counts or from cached latents on the fly."""
 
-import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
-from scldm_cd4.train.rng import key_seed, keyed_generator
+from scldm_cd4.train.launch import processes
+from scldm_cd4.train.order import Draw, EpochSampler, cell_generators
+from scldm_cd4.train.rng import keyed_generator
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name; ``n_total``, a number, is there where other processes have cells of the same batch."""
 
 
-class EpochSampler(Sampler[NDArray[np.int64]]):
-    """All positions in a new order each epoch, in batches of nearly equal size; without seed in order, in full batches.
-
-    The order depends on the seed and the epoch alone. An epoch has ``ceil(n / batch_size)`` batches for each process.
-    With weights, an epoch still has n items: each occurs as often as its share of the weights asks for, rounded up or
-    down by chance (systematic resampling).
-
-    Parameters
-    ----------
-    n
-        Number of items.
-    batch_size
-        Largest batch.
-    seed
-        Seed of the order; None keeps the items in place.
-    rank, world
-        This process and the number of processes; each takes every `world`-th item, filled up to equal length.
-    weights
-        Positive weight of each item (n,); None for equal ones. Without seed they are not used.
-    even
-        Make all shuffled batches of one size: an epoch repeats a few items, fewer than it has batches.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int | None,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        weights: NDArray[np.float64] | None = None,
-        even: bool = False,
-    ) -> None:
-        self.even = even
-        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.ends = None if weights is None else np.cumsum(weights) * (n / np.sum(weights))
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self._per_process // self.batch_size)
-
-    @property
-    def _per_process(self) -> int:
-        return -(-self.n // self.world)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        start, self.start = self.start, 0
-        order = np.arange(self.n)
-        if self.seed is not None:
-            generator = np.random.default_rng(key_seed(self.seed, self.epoch))
-            if self.ends is not None:
-                places = np.searchsorted(self.ends, np.arange(self.n) + generator.random(), side="right")
-                order = np.minimum(places, self.n - 1)  # the last end may lie below n by rounding
-            order = generator.permutation(order)
-        n = self._per_process
-        if self.even and self.seed is not None:
-            n = len(self) * -(-n // len(self))
-        own = np.resize(order, n * self.world)[self.rank :: self.world]
-        batches = np.array_split(own, len(self))
-        if self.seed is None:
-            batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
-        yield from batches[start:]
+FETCH_CELLS, FETCH_BLOCKS = 8192, 32
+"""Cells, or blocks of cells where these are more, that are read from a file at a time and shuffled with each other."""
 
 
 def split_counts(
-    csr: sparse.csr_matrix, shares: tuple[float, float], generator: np.random.Generator, whole: float = 0.0
+    csr: sparse.csr_matrix,
+    shares: tuple[float, float],
+    generators: Iterable[np.random.Generator],
+    whole: float = 0.0,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split counts in two by chance: each molecule goes to the first part with a probability drawn for its cell.
 
@@ -102,6 +45,8 @@ def split_counts(
         Whole numbers (n, G).
     shares
         Range of the probabilities, uniform over cells.
+    generators
+        One for each cell, used in turn.
     whole
         Share of cells that are not split but given twice.
 
@@ -109,16 +54,28 @@ def split_counts(
     -------
     The two parts, which add up to `csr` where cells are split.
     """
-    n_values = np.diff(csr.indptr)
-    share = generator.uniform(*shares, size=csr.shape[0])
-    first = generator.binomial(csr.data.astype(np.int64), np.repeat(share, n_values))
-    twice = np.repeat(generator.random(csr.shape[0]) < whole, n_values)
+    first, second = csr.data.copy(), csr.data.copy()
+    molecules = csr.data.astype(np.int64)
+    for start, stop, generator in zip(csr.indptr[:-1], csr.indptr[1:], generators, strict=True):
+        share, twice = generator.uniform(*shares), generator.random() < whole
+        if not twice:
+            first[start:stop] = generator.binomial(molecules[start:stop], share)
+            second[start:stop] -= first[start:stop]
     parts = []
-    for data in (np.where(twice, csr.data, first), np.where(twice, csr.data, csr.data - first)):
-        part = sparse.csr_matrix((data.astype(np.float32), csr.indices, csr.indptr), shape=csr.shape, copy=True)
+    for data in (first, second):
+        part = sparse.csr_matrix((data, csr.indices, csr.indptr), shape=csr.shape, copy=True)
         part.eliminate_zeros()
         parts.append(part)
     return parts[0], parts[1]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Cells of several batches, read together."""
+
+    counts: sparse.csr_matrix
+    positions: NDArray[np.int64]
+    draws: list[Draw]
 
 
 class CountBatches(Dataset[Batch]):
@@ -162,28 +119,46 @@ class CountBatches(Dataset[Batch]):
         chosen.rows = self.rows[positions]
         return chosen
 
-    def _read(self, positions: NDArray[np.int64]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """Return what the encoder sees and what the decoder must give."""
-        whole = self.cells.counts(self.rows[positions])
-        if self.shown is None:
-            return whole, whole
-        generator = np.random.default_rng([self.seed, *map(int, positions)])
-        return split_counts(whole, self.shown, generator, self.shown_whole)
-
     def seen(self, positions: NDArray[np.int64]) -> Batch:
         """Return the expressed genes that the encoder sees and their counts, (B, W) each, without the target."""
-        genes, counts = expressed_batch(self._read(positions)[0])
+        draw = Draw(positions)
+        genes, counts = expressed_batch(self._split(self._counts(draw), draw)[0])
         return {"genes": torch.as_tensor(genes), "counts": torch.as_tensor(counts)}
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        seen, target = self._read(positions)
-        batch = {"target": torch.from_numpy(target.toarray())}  # (B, G)
+    def fetch(self, draws: list[Draw]) -> Fetched:
+        """Read the cells of several batches."""
+        positions = np.unique(np.concatenate([draw.positions for draw in draws]))
+        return Fetched(self.cells.counts(self.rows[positions]), positions, draws)
+
+    def cut(self, fetched: Fetched, draw: Draw) -> Batch:
+        """Return one of the batches that were read together."""
+        return self._batch(fetched.counts[np.searchsorted(fetched.positions, draw.positions)], draw)
+
+    def __getitem__(self, item: NDArray[np.int64] | Draw | list[Draw]) -> Any:
+        if isinstance(item, list):
+            return self.fetch(item)
+        draw = item if isinstance(item, Draw) else Draw(item)
+        return self._batch(self._counts(draw), draw)
+
+    def _counts(self, draw: Draw) -> sparse.csr_matrix:
+        return self.cells.counts(self.rows[draw.positions])
+
+    def _split(self, whole: sparse.csr_matrix, draw: Draw) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Return what the encoder sees and what the decoder must give."""
+        if self.shown is None:
+            return whole, whole
+        generators = cell_generators(self.seed, draw.epoch, draw.positions)
+        return split_counts(whole, self.shown, generators, self.shown_whole)
+
+    def _batch(self, whole: sparse.csr_matrix, draw: Draw) -> Batch:
+        seen, target = self._split(whole, draw)
+        batch: Batch = {"target": torch.from_numpy(target.toarray())}  # (B, G)
         if self.expressed:
             genes, counts = expressed_batch(seen)
             batch |= {"genes": torch.as_tensor(genes), "counts": torch.as_tensor(counts)}  # (B, W)
         elif self.shown is not None:
             batch["counts"] = torch.from_numpy(seen.toarray())  # (B, G)
-        return batch
+        return batch | _of_all(draw)
 
 
 class LatentBatches(Dataset[Batch]):
@@ -206,9 +181,15 @@ class LatentBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        index = torch.from_numpy(positions)
-        return {"latent": self.latents[index], "labels": self.labels[index]}
+    def __getitem__(self, item: NDArray[np.int64] | Draw) -> Batch:
+        draw = item if isinstance(item, Draw) else Draw(item)
+        index = torch.from_numpy(draw.positions)
+        return {"latent": self.latents[index], "labels": self.labels[index]} | _of_all(draw)
+
+
+def _of_all(draw: Draw) -> Batch:
+    """Return the number of cells in all processes, where this one has a part of them."""
+    return {} if draw.n_total in (None, len(draw)) else {"n_total": draw.n_total}
 
 
 def _as_is(batch: Any) -> Any:
@@ -219,6 +200,17 @@ class ResumableLoader(DataLoader[Batch]):
     """A loader that can start in the middle of an epoch; `done` counts the batches trained on in this epoch."""
 
     done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler, data = cast("EpochSampler", self.sampler), cast("CountBatches", self.dataset)
+        if sampler.block == 1:
+            yield from super().__iter__()
+            return
+        parts = super().__iter__() if self.num_workers else _ahead(map(data.fetch, sampler))
+        for part in parts:
+            for draw in part.draws:
+                batch = data.cut(part, draw)
+                yield {k: v.pin_memory() for k, v in batch.items()} if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the batches done in it."""
@@ -233,6 +225,15 @@ class ResumableLoader(DataLoader[Batch]):
         sampler.start = self.done = 0 if finished else state["done"]
 
 
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield items, each prepared by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def make_loader(
     data: Dataset[Batch],
     batch_size: int,
@@ -243,14 +244,26 @@ def make_loader(
     even: bool = False,
 ) -> ResumableLoader:
     """Make a loader of shuffled batches; without seed in order (validation) and the same in every process."""
-    distributed = seed is not None
-    rank, world = (int(os.environ.get(name, d)) if distributed else d for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    n = len(data)  # type: ignore[arg-type]
+    rank, world = processes() if seed is not None else (0, 1)
+    block = 1
+    if seed is not None and isinstance(data, CountBatches):
+        block = data.cells.block
+        if data.cells.slow:
+            warnings.warn(data.cells.slow, UserWarning, stacklevel=2)
+    sampler = EpochSampler(
+        len(data),  # type: ignore[arg-type]
+        batch_size,
+        seed,
+        rank=rank,
+        world=world,
+        weights=getattr(data, "weights", None),
+        even=even,
+        block=block,
+        group=-(-max(FETCH_CELLS, FETCH_BLOCKS * block) // (batch_size * world)),
+    )
     return ResumableLoader(
         data,
-        sampler=EpochSampler(
-            n, batch_size, seed, rank=rank, world=world, weights=getattr(data, "weights", None), even=even
-        ),
+        sampler=sampler,
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -80,14 +80,23 @@ class StagePlan(pl.LightningModule):
         return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        keys = (self.current_epoch, batch_idx, self.global_rank)
+        """Loss of one batch, weighted so that the mean over processes is the mean over all cells."""
+        keys, n = (self.current_epoch, batch_idx), n_cells(batch)
         torch.manual_seed(
-            key_seed(self.seed, 0, *keys)
+            key_seed(self.seed, 0, *keys, self.global_rank)
         )  # dropout layers; the caller's generator is put back afterwards
-        loss, reported = self.step_loss(batch, keyed_generator(self.seed, 1, *keys, device=self.device))
-        self.train_loss.add(reported.detach(), n_cells(batch))
-        return loss
+        loss, reported = self.step_loss(batch, keyed_generator(self.seed, 1, *keys, 0, device=self.device))
+        self.train_loss.add(reported.detach(), n)
+        weight = n * self.trainer.world_size / batch["n_total"] if "n_total" in batch else 1.0
+        return loss if weight == 1.0 else loss * weight
+
+    def own(self, batch: Batch) -> tuple[int, slice]:
+        """Return the cells of a batch in all processes, for which numbers are drawn, and those of this process."""
+        n = n_cells(batch)
+        if "n_total" not in batch:
+            return n, slice(None)
+        first = batch["n_total"] * self.global_rank // self.trainer.world_size
+        return batch["n_total"], slice(first, first + n)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the loss of one batch, with the same draws in every epoch."""
@@ -136,13 +145,19 @@ class StagePlan(pl.LightningModule):
         self.train_loss, self.validation_loss = Mean(), Mean()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the running loss of an unfinished epoch."""
-        checkpoint["train_loss"] = (torch.as_tensor(self.train_loss.total), self.train_loss.n)
+        """Add the running loss of an unfinished epoch, of all processes."""
+        total, n = torch.as_tensor(self.train_loss.total), self.train_loss.n
+        if self.trainer.world_size > 1:
+            both = torch.stack([total.double().to(self.device), torch.tensor(float(n), device=self.device).double()])
+            both = self.trainer.strategy.reduce(both, reduce_op="sum")
+            total, n = both[0], round(float(both[1]))
+        checkpoint["train_loss"] = (total, n)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the running loss."""
-        total, self.train_loss.n = checkpoint["train_loss"]
-        self.train_loss.total = total.to(self.device)
+        """Take up the running loss, in the first process."""
+        if self.global_rank == 0:
+            total, self.train_loss.n = checkpoint["train_loss"]
+            self.train_loss.total = total.to(self.device)
 
 
 def n_cells(batch: Batch) -> int:
@@ -202,7 +217,8 @@ class VAEPlan(StagePlan):
         divergence: Tensor | float = 0.0
         if self.vae.config.kl_weight > 0:
             mean, log_variance = self.vae.posterior(*encoder_input(self.vae, batch))
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            n, own = self.own(batch)
+            noise = torch.randn((n, *mean.shape[1:]), generator=generator, device=mean.device, dtype=mean.dtype)[own]
             z = mean + noise * (0.5 * log_variance).exp()
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
             divergence = self.vae.config.kl_weight * kl * (width / n_genes)
@@ -275,11 +291,14 @@ class FlowPlan(StagePlan):
     def step_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss at random times and noise, some labels dropped."""
         flow = self.dit.config
-        x0, t = self._draw(batch["latent"], generator)
+        x0, t = self._draw(batch, generator)
         x0 = pair(x0, batch["latent"], batch["labels"], flow.coupling)
+        n, own = self.own(batch)
+        labels = batch["labels"].new_zeros((n, 3))
+        labels[own] = batch["labels"]
         labels = drop_labels(
-            batch["labels"], self._unconditional, strategy=flow.label_dropout, p=flow.p_drop, generator=generator
-        )
+            labels, self._unconditional, strategy=flow.label_dropout, p=flow.p_drop, generator=generator
+        )[own]
         x_t, u = interpolate(x0, batch["latent"], t)
         loss = flow_loss(self._velocity(x_t, t, labels), u).mean()
         return loss, loss
@@ -287,13 +306,15 @@ class FlowPlan(StagePlan):
     def held_out_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Loss of the averaged weights with all labels."""
         assert self.ema is not None
-        x0, t = self._draw(batch["latent"], generator)
+        x0, t = self._draw(batch, generator)
         x_t, u = interpolate(x0, batch["latent"], t)
         return flow_loss(functional_call(self.dit, self.ema.values, (x_t, t, batch["labels"])), u).mean()
 
-    def _draw(self, x1: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
-        return x0, torch.rand(len(x1), generator=generator, device=x1.device)
+    def _draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x1 = batch["latent"]
+        n, own = self.own(batch)
+        x0 = torch.randn((n, *x1.shape[1:]), generator=generator, device=x1.device)
+        return x0[own], torch.rand(n, generator=generator, device=x1.device)[own]
 
     def snapshot(self) -> dict[str, Any]:
         """Weights and their average."""

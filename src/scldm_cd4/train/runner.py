@@ -2,11 +2,11 @@
 
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,7 +25,9 @@ from scldm_cd4.registry import near_matches
 from scldm_cd4.train.checkpoint_io import read_state, write_json, write_state
 from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
-from scldm_cd4.train.latents import encode_rows, inference_batch_size
+from scldm_cd4.train.latent_cache import cached_latents, discard
+from scldm_cd4.train.latents import encode_rows, inference_batch_size, latent_bytes
+from scldm_cd4.train.launch import connect, idle_devices, processes, require_launcher, wait_for_all
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
@@ -40,6 +42,8 @@ MAX_VALIDATION = 1_000
 """Cells that a validation looks at."""
 MAX_LATENT_BYTES = 4 * 2**30
 """Cached latents above this size go to a file, where there is a folder for it."""
+STREAMED_LATENT_BYTES = 2**24
+"""The same for cells that are read from files, whose training should take as little memory as their number allows."""
 
 
 @dataclass
@@ -149,12 +153,17 @@ def fit(
     }
     asked = Hardware(accelerator, devices, precision, num_workers, progress, compile, trainer_kwargs)
     hardware, note = without_compiler(asked)
+    require_launcher(devices)
+    connect(accelerator)
     resume, folder = (None if path is None else Path(path) for path in (resume_from, checkpoint_dir))
     seed = _resolve_seed(seed, resume)
     job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, resume, folder)
     if note is not None:
         job.result.notes.append(note)
         warnings.warn(note, UserWarning, stacklevel=2)
+    if idle := idle_devices():
+        job.result.notes.append(idle)
+        warnings.warn(idle, UserWarning, stacklevel=2)
     if stage in ("both", "vae"):
         job.train_vae()
     if stage in ("both", "flow") and not job.result.interrupted:
@@ -176,6 +185,8 @@ class _Job:
     resume_from: Path | None
     folder: Path | None
     result: TrainResult = field(default_factory=TrainResult)
+    scratch: Any = None
+    """Folder for latents where none was given."""
 
     def __post_init__(self) -> None:
         if self.resume_from is not None:
@@ -187,7 +198,7 @@ class _Job:
                 f"{self.folder} holds the state of another training: resume_from= goes on, or choose another"
             )
         self.result.seed = self.seed
-        self.writes = self.folder is not None and os.environ.get("RANK", "0") == "0"
+        self.writes = self.folder is not None and processes()[0] == 0
         if self.folder is not None and self.writes:
             write_json(self.folder / RECORD, {"seed": self.seed})
         generator = np.random.default_rng(key_seed(self.seed, 10))
@@ -263,9 +274,7 @@ class _Job:
         )
         plan = FlowPlan(dit, config, key_seed(self.seed, 21))
         self._stage("flow", plan, train, held_out, hardware=replace(self.hardware, num_workers=0))
-        for name in ("train", "held_out"):
-            if self.folder is not None and self.writes:
-                (self.folder / f"latents_{name}.bin").unlink(missing_ok=True)
+        self._forget_latents()
         self.result.online = {k: v.detach().to("cpu", copy=True) for k, v in dit.state_dict().items()}
         if plan.ema is not None:
             plan.ema.to(next(dit.parameters()).device).copy_to(dit)
@@ -274,10 +283,22 @@ class _Job:
     def _latents(self, rows: NDArray[np.int64], name: str) -> Tensor | None:
         if not len(rows):
             return None
-        path = None if self.folder is None else self.folder / f"latents_{name}.bin"
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return encode_rows(self.vae, self.cells, rows, max_bytes=None if path is None else MAX_LATENT_BYTES, path=path)
+        streamed, shared = self.cells.block > 1, processes()[1] > 1 and self.folder is not None
+        most = STREAMED_LATENT_BYTES if streamed else MAX_LATENT_BYTES
+        if not shared and (latent_bytes(self.vae.config, len(rows)) <= most or (self.folder is None and not streamed)):
+            return encode_rows(self.vae, self.cells, rows)
+        if self.folder is None and self.scratch is None:
+            self.scratch = TemporaryDirectory(prefix="scldm_cd4_")
+        folder = self.folder or Path(self.scratch.name if self.scratch is not None else ".")
+        return cached_latents(self.vae, self.cells, rows, folder / f"latents_{name}.bin")
+
+    def _forget_latents(self) -> None:
+        wait_for_all()
+        if self.scratch is not None:
+            self.scratch.cleanup()
+        if self.folder is not None and self.writes and not self.result.interrupted:
+            for name in ("train", "held_out"):
+                discard(self.folder / f"latents_{name}.bin")
 
     def _stage(self, name: str, plan: Any, train: Any, held_out: Any, **options: Any) -> StageResult:
         resume = None if self.resume_from is None else self.resume_from / f"{name}.safetensors"
@@ -300,6 +321,13 @@ class _Job:
         out.history[name], out.seconds[name], out.batch_size[name] = result.history, result.seconds, result.batch_size
         out.n_steps[name], out.interrupted = result.n_steps, result.interrupted
         out.trained[name] = not result.interrupted
+        world, accumulate = processes()[1], self.hardware.accumulate
+        if world * accumulate > 1:
+            lr = self.settings["config"][name].lr
+            out.notes.append(
+                f"{name}: effective batch {result.batch_size * world * accumulate} = {result.batch_size} x {world} "
+                f"processes x {accumulate} accumulated, learning rate {lr:g}, not scaled by these"
+            )
         out.notes += [f"{name}: {note}" for note in result.notes]
         return result
 

@@ -16,15 +16,17 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from scldm_cd4._console import wants_progress
 from scldm_cd4._errors import DataError, TrainingError
 from scldm_cd4._precision import KINDS, choose
 from scldm_cd4.config import StageConfig
 from scldm_cd4.train.checkpoint_io import SafetensorsIO, read_state
 from scldm_cd4.train.guard import Guard
+from scldm_cd4.train.launch import processes, require_launcher
 from scldm_cd4.train.loaders import Batch, make_loader
 from scldm_cd4.train.memory import kept_memory
 from scldm_cd4.train.plans import StagePlan
-from scldm_cd4.train.progress import ProgressBar, quiet, wants_progress
+from scldm_cd4.train.progress import ProgressBar, quiet
 from scldm_cd4.train.rng import isolated_rng
 
 N_VALIDATIONS = 25
@@ -52,7 +54,6 @@ class Hardware:
     def accumulate(self) -> int:
         """Batches whose gradients make one optimiser step."""
         return int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
-
 
 
 @dataclass
@@ -134,6 +135,7 @@ def train_stage(
     half the batch, down to one cell, with a warning: the result is that of the smaller batch.
     """
     hardware = hardware or Hardware()
+    require_launcher(hardware.devices)
     n = len(train)  # type: ignore[arg-type]
     batch = min(config.batch_size if batch_size is None else batch_size, n)
     if batch < 1:
@@ -144,11 +146,17 @@ def train_stage(
         try:
             run = _Run(plan, config, n, batch, max_epochs, early_stopping and validation is not None, hardware, seed)
             guard, n_steps = run.fit(
-                train, validation, validation_batch_size or batch, resume_from, checkpoint, constants or {}, name
+                train,
+                validation,
+                validation_batch_size or batch * processes()[1],
+                resume_from,
+                checkpoint,
+                constants or {},
+                name,
             )
             break
         except RuntimeError as error:
-            if not is_out_of_memory(error) or batch == 1:
+            if not is_out_of_memory(error) or batch == 1 or processes()[1] > 1:  # the others would wait for ever
                 raise
             batch //= 2
             notes.append(f"out of memory: batch_size halved to {batch}")
@@ -191,7 +199,8 @@ class _Run:
     ) -> tuple[Guard, int]:
         """Train; return the guard and the optimiser steps made."""
         plan, accumulate = self.plan, self.hardware.accumulate
-        epochs = n_epochs(self.config, self.n, self.batch, self.max_epochs, accumulate=accumulate)
+        world = processes()[1]
+        epochs = n_epochs(self.config, self.n, self.batch * world, self.max_epochs, accumulate=accumulate)
         every = max(1, epochs // N_VALIDATIONS)
         patience = max(5, math.ceil(0.2 * epochs / every)) if self.early else None
         guard = Guard(every=every, patience=patience, constants=constants, checkpoint=checkpoint)
@@ -258,8 +267,9 @@ class _Run:
         target = self.config.target_steps * hardware.accumulate
         if self.max_epochs is None and self.config.max_epochs is None and n_batches > target:
             options["limit_train_batches"] = target  # one pass over the cells would be longer
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            options["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if processes()[1] > 1:
+            options["num_nodes"] = processes()[1] // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            options["strategy"] = "ddp"  # every parameter takes part in every step
         return pl.Trainer(**options | extra)
 
 
