@@ -417,8 +417,8 @@ class CD4Model(ModelBase, QueryMethods):
             Replace that file.
         engine
             ``"ray"`` or ``"units"`` (the processes of torchrun or SLURM) divide the cells into units of work, see
-            `scldm_cd4.engines`. The same call goes on with a run that was killed. None is returned while units of other
-            processes are missing.
+            `scldm_cd4.engines.Ray` and `scldm_cd4.engines.Units`. The same call goes on with a run that was killed.
+            None is returned while units of other processes are missing.
 
         Returns
         -------
