@@ -190,7 +190,8 @@ def solvers(options: argparse.Namespace) -> None:
     effects, counts, found = measured(truth)
     sd, expressed = counts.std(0) + 1e-9, counts.mean(0) > 0.05
     print(f"{len(codes)} cells, {len(effects)} perturbations, {sum(map(len, found))} significant genes in all")
-    for solver, n_steps in SOLVERS:
+    chosen = [(name, int(n)) for name, n in (text.split(":") for text in options.solvers or ())]
+    for solver, n_steps in chosen or SOLVERS:
         z, seconds = carry(solver, n_steps)
         mine, _, genes = measured(z)
         shift = ((mine - effects) / sd)[:, expressed]
@@ -312,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder of a saved model")
     parser.add_argument("--cells", type=int, default=64, help="cells, of each condition for solvers")
     parser.add_argument("--perturbations", nargs="*", help="for solvers; the most frequent ones by default")
+    parser.add_argument("--solvers", nargs="*", help="such as midpoint:6, in place of all")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     if options.model is None and options.what != "attention":

@@ -19,10 +19,11 @@ def one_thread_each(device: torch.device, workers: int | None) -> Iterator[int]:
 
     Yields
     ------
-    1 on an accelerator, else `workers` or the threads that torch had.
+    2 on an accelerator, where one unit is drawn and handed on while the other is computed; else `workers` or the
+    threads that torch had.
     """
     if device.type != "cpu":
-        yield 1
+        yield 2
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
