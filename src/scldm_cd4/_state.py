@@ -198,19 +198,13 @@ class State:
         )
 
 
-def panel_totals(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return counts on the panel of some cells, which is the scale that the decoder takes."""
-    totals = [np.asarray(block.sum(axis=1), dtype=np.float64).ravel() for _, block in cells.iter_chunks()]
-    return np.concatenate(totals)[rows]
-
-
 def library_sizes(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the library sizes of some cells to draw from in generation.
 
     These are the counts on the panel; or declared size factors, scaled to add up to these, since shares of the panel
     times a library size are the counts that the decoder expects.
     """
-    totals = panel_totals(cells, rows)
+    totals = cells.totals[rows]
     if cells.registry.size_factor_key is None:
         return totals
     declared = cells.library[rows]

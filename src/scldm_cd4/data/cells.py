@@ -68,8 +68,10 @@ class CellData:
         What the genes and label codes mean.
     labels
         Label codes, int64, shape (n_cells, 3), in the order of `scldm_cd4.config.ROLES`; None if not asked for.
+    totals
+        Counts on the panel, float64, shape (n_cells,).
     library
-        Library sizes, float64, shape (n_cells,): counts on the panel, or those given by ``size_factor_key``.
+        Library sizes, float64, shape (n_cells,): the totals, or those given by ``size_factor_key``.
     present
         Which genes of the model the data have, bool, shape (n_genes,); all unless genes may be missing.
     report
@@ -95,7 +97,7 @@ class CellData:
         self._target = target  # (genes of the data,): gene of the model, -1 for none
         self.registry = registry
         self.labels = labels
-        self.library = library
+        self.library = self.totals = library
         self.report = report
         self.obs = obs
         self.present = np.zeros(registry.n_genes, dtype=bool)
@@ -223,12 +225,12 @@ class CellData:
         where, genes = self._reader.where, self.registry.genes
         for rows, block in self._reader.chunks():
             try:
-                self.library[rows] = check_block(
+                self.totals[rows] = check_block(
                     self._to_model(block), rows.start, where, lambda: self.obs_names, genes
                 )
             except DataError as error:
                 raise DataError(f"{error}{counts_hint(adata, keys['layer'])}") from None
-        refuse_empty_cells(self.library, where)
+        refuse_empty_cells(self.totals, where)
         if keys["size_factor_key"] is not None:
             self.library = read_library(adata.obs, keys["size_factor_key"])
 

@@ -201,7 +201,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     done = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler, data = cast("EpochSampler", self.sampler), cast("CountBatches", self.dataset)
         if sampler.block == 1:
             yield from super().__iter__()

@@ -134,7 +134,7 @@ class EpochSampler(Sampler[Any]):
         generator = np.random.default_rng(key_seed(self.seed, self.epoch))
         if self.block > 1:
             blocks = generator.permutation(-(-self.n // self.block)).astype(np.int32 if self.n < 2**31 else np.int64)
-            order = (blocks[:, None] * self.block + np.arange(self.block, dtype=blocks.dtype)).ravel()
+            order: Any = (blocks[:, None] * self.block + np.arange(self.block, dtype=blocks.dtype)).ravel()
             order = np.resize(order if self.n % self.block == 0 else order[order < self.n], ends[-1])
             for first in range(0, len(self), self.group):
                 generator.shuffle(order[ends[first] : ends[min(first + self.group, len(self))]])
