@@ -81,9 +81,9 @@ def compare(name: str, vae: VAE, counts: sparse.csr_matrix, *, goal: float, roun
     limit = multiplications(vae.config, vae.n_genes, vae.n_genes) / multiplications(
         vae.config, int(mean), 2 * int(mean)
     )
-    value = ratio(times, "pairs", "expressed")
-    plain = ratio(times, "all genes", "expressed")
-    facts = {"over_all_genes": plain, "limit": limit, "fraction_of_limit": plain / limit, "genes": vae.n_genes}
+    value = ratio(times, "all genes", "expressed")
+    facts = {"over_pairs": ratio(times, "pairs", "expressed"), "limit": limit, "fraction_of_limit": value / limit}
+    facts |= {"genes": vae.n_genes}
     facts |= {"expressed": mean, "cells": n, "relative_error": errors[0], "error_within_bound": errors[0] <= MAX_ERROR}
     facts |= {"error_to_float64": errors[1], "error_of_all_genes_to_float64": errors[2]}
     return report(f"exact sparse encoding, {name}", times, value=value, goal=goal, per=n, **facts)

@@ -133,6 +133,16 @@ def test_attention_to_padding_cannot_be_summed() -> None:
     assert torch.equal(z, vae.encode(*counts))
 
 
+def test_a_device_without_double_precision_takes_all_genes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents_module, "supports", lambda vae: False)
+    vae, counts = trained_vae(), cells_of(5)
+    values, genes = expressed(counts)
+    with torch.no_grad():
+        assert torch.equal(
+            CellEncoder(vae)({"counts": values, "genes": genes}), vae.encode(*dense(vae, _whole(counts)))
+        )
+
+
 def test_cells_are_encoded_with_the_weights_of_the_moment(job) -> None:
     vae, rows = job.vae(), np.arange(8)
     first = encode_rows(vae, job.cells, rows)

@@ -37,12 +37,15 @@ class SparseEncoder:
     Raises
     ------
     ValueError
-        `vae` attends to padding, so that there is nothing that these sums would equal.
+        `vae` attends to padding, so that there is nothing that these sums would equal, or is neither on a CPU nor on a
+        CUDA device.
     """
 
     def __init__(self, vae: VAE) -> None:
         if not supports(vae):
-            raise ValueError("this autoencoder encodes expressed genes and attends to their padding: use VAE.encode")
+            raise ValueError(
+                "this autoencoder attends to padding, or its device has no double precision: use VAE.encode"
+            )
         self.vae, self.n_heads = vae, vae.config.n_cross_heads
         self.all_genes = vae.config.encode == "all"
         cross = vae.encoder.ca_layer
@@ -85,7 +88,7 @@ class SparseEncoder:
         n_queries, n_genes = weights.shape[-1], (genes > 0).sum(1)
         out = table.new_empty(self.n_heads, len(genes), n_queries, values.shape[-1])
         row_bytes = max(1, genes.shape[1] * table.shape[-1] * self.n_heads * table.element_size())
-        step = max(1, CHUNK_BYTES.get(genes.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
+        step = max(1, CHUNK_BYTES[genes.device.type] // row_bytes)
         for rows in n_genes.argsort().split(step):  # cells of like numbers of genes, to lay out little padding
             width = int(n_genes[rows].max())
             out[:, rows] = _gathered(table, place[rows, :width], n_queries)
@@ -100,16 +103,21 @@ class SparseEncoder:
         return k @ self.queries, torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
     def _dense(self, counts: Tensor, genes: Tensor) -> Tensor:
-        if not self.all_genes:
-            return self.vae.encode(counts, genes)
-        whole = counts.new_zeros(len(counts), self.vae.n_genes + 1).scatter_(1, genes, counts)[:, 1:]
-        columns = torch.arange(1, self.vae.n_genes + 1, device=genes.device)
-        return self.vae.encode(whole, columns.expand(len(counts), -1))
+        return encode_densely(self.vae, counts, genes)
+
+
+def encode_densely(vae: VAE, counts: Tensor, genes: Tensor) -> Tensor:
+    """Encode counts (B, W) of expressed genes (B, W), padded with 0, to latents (B, S, L) by `VAE.encode`."""
+    if vae.config.encode != "all":
+        return vae.encode(counts, genes)
+    whole = counts.new_zeros(len(counts), vae.n_genes + 1).scatter_(1, genes, counts)[:, 1:]
+    return vae.encode(whole, torch.arange(1, vae.n_genes + 1, device=genes.device).expand(len(counts), -1))
 
 
 def supports(vae: VAE) -> bool:
-    """Whether the latents of `vae` do not depend on padding."""
-    return vae.config.encode == "all" or vae.config.mask_padding
+    """Whether the latents of `vae` do not depend on padding, on a device with double precision."""
+    device = vae.encoder.ca_layer.inducing_points.device.type
+    return (vae.config.encode == "all" or vae.config.mask_padding) and device in CHUNK_BYTES
 
 
 def _full(vae: VAE) -> torch.autocast:

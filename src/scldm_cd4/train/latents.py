@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scldm_cd4._precision import choose
 from scldm_cd4.config import VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.nn.sparse import SparseEncoder, supports
+from scldm_cd4.nn.sparse import SparseEncoder, encode_densely, supports
 from scldm_cd4.train.loaders import Batch, CountBatches
 
 BATCH_VALUES = 200_000
@@ -51,8 +52,9 @@ class CellEncoder:
     def __init__(self, vae: VAE) -> None:
         self.vae, self.device = vae, next(vae.parameters()).device
         self.precision = choose("fp32", self.device)
+        self._encode: Callable[[Tensor, Tensor], Tensor]
         with self.precision.matmuls():
-            self._encode = SparseEncoder(vae) if supports(vae) else vae.encode
+            self._encode = SparseEncoder(vae) if supports(vae) else partial(encode_densely, vae)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
