@@ -1,5 +1,6 @@
 """What the trained autoencoder says about given cells."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ from numpy.typing import NDArray
 from scldm_cd4._errors import DataError
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import CellEncoder, encode_rows, inference_batch_size
+from scldm_cd4.train.latents import CellEncoder, chunks, encode_rows, inference_batch_size
+
+PART = 16_384
+"""Cells that are encoded before their latents go to a file."""
 
 
 def as_rows(indices: Any, cells: CellData) -> NDArray[np.int64]:
@@ -39,11 +43,27 @@ def as_rows(indices: Any, cells: CellData) -> NDArray[np.int64]:
 
 
 def latents(
-    vae: VAE, cells: CellData, rows: NDArray[np.int64], *, flatten: bool = True, batch_size: int | None = None
+    vae: VAE,
+    cells: CellData,
+    rows: NDArray[np.int64],
+    *,
+    flatten: bool = True,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
 ) -> NDArray[np.float32]:
-    """Return latents, float32: (n, S L) if flat, else tokens (n, S, L)."""
-    z = encode_rows(vae, cells, rows, batch_size=batch_size).numpy()
-    return z.reshape(len(z), -1) if flatten else z
+    """Return latents, float32: (n, S L) if flat, else tokens (n, S, L); in a ``.npy`` file `out` that is mapped."""
+    if out is None:
+        z = encode_rows(vae, cells, rows, batch_size=batch_size).numpy()
+        return z.reshape(len(z), -1) if flatten else z
+    tokens = (vae.config.latent_tokens, vae.config.n_channels)
+    shape = (len(rows), tokens[0] * tokens[1]) if flatten else (len(rows), *tokens)
+    mapped = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+    encoder = CellEncoder(vae)
+    for index in chunks(len(rows), PART):
+        z = encode_rows(vae, cells, rows[index], batch_size=batch_size, encoder=encoder).numpy()
+        mapped[index[0] : index[-1] + 1] = z.reshape(len(z), *shape[1:])
+    mapped.flush()
+    return mapped
 
 
 @torch.inference_mode()

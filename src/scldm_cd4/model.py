@@ -178,6 +178,7 @@ class CD4Model(ModelBase, QueryMethods):
         key_added: str | None = None,
         allow_missing: bool = False,
         seed: int | None = None,
+        out: str | Path | None = None,
     ) -> np.ndarray:
         """Embed cells.
 
@@ -200,6 +201,8 @@ class CD4Model(ModelBase, QueryMethods):
             Accept that up to half of the model's genes are missing.
         seed
             Not used: the latent is not random.
+        out
+            A ``.npy`` file to write latents to as they come; it is returned memory-mapped.
 
         Returns
         -------
@@ -226,7 +229,8 @@ class CD4Model(ModelBase, QueryMethods):
             raise DataError("key_added= writes flat latents of all cells: leave out indices= and flatten=")
         place = writable((self.adata if self.mdata is None else self.mdata) if adata is None else adata)
         cells = self._cells(self._adata(adata), allow_missing=allow_missing)
-        z = embedding.latents(vae, cells, embedding.as_rows(indices, cells), flatten=flatten, batch_size=batch_size)
+        rows = embedding.as_rows(indices, cells)
+        z = embedding.latents(vae, cells, rows, flatten=flatten, batch_size=batch_size, out=out)
         if key_added is not None:
             place.obsm[key_added] = z
         return z

@@ -70,6 +70,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
         "_train:train",
     )
     p.add_argument("data", type=Path, metavar="DATA", nargs="?", help="h5ad; default: the config's train_adata_path")
+    p.add_argument("--stream", action="store_true", help="leave the counts in the file (as for a zarr store)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model")
     p.add_argument("--preset", choices=sorted(PRESETS), help="size and training (default small)")
     p.add_argument("--config-name", metavar="NAME", help="cd4_vae, cd4_fm, or one in --config-dir such as marson_vae")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scldm_cd4 import CD4Model
+from scldm_cd4 import CD4Model, open_cells
 from scldm_cd4._errors import CheckpointError, DataError
 from scldm_cd4.checkpoint import job as jobs
 from scldm_cd4.checkpoint.native import load_folder
@@ -51,7 +51,7 @@ def train(options: argparse.Namespace) -> str:
     plan = _by_config(options) if options.config_name is not None else _by_preset(options)
     if processes > 1 and plan.seed is None and not options.resume:
         raise DataError("several processes need one seed: give --seed N")
-    adata = open_h5ad(plan.data)
+    adata = open_cells(plan.data) if options.stream or plan.data.is_dir() else open_h5ad(plan.data)
     CD4Model.setup_anndata(adata, **plan.keys)
     if plan.job is not None:
         _check_sizes(plan, adata)
@@ -84,6 +84,9 @@ def take_launcher(environ: MutableMapping[str, str]) -> int:
         nodes = int(environ.get("SLURM_NNODES", 1))
         environ["WORLD_SIZE"], environ["RANK"] = str(tasks), environ["SLURM_PROCID"]
         environ["LOCAL_WORLD_SIZE"] = environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
+        environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+        environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        environ.setdefault("MASTER_PORT", str(20_000 + int(environ.get("SLURM_JOB_ID", 0)) % 20_000))
     return int(environ.get("WORLD_SIZE", 1))
 
 

@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from scldm_cd4 import CD4Model, metrics
+from scldm_cd4 import CD4Model, metrics, open_cells
 from scldm_cd4._errors import DataError
 from scldm_cd4.cli._paths import check_free, say, write_table, write_whole
 from scldm_cd4.data.files import open_h5ad
@@ -22,15 +21,17 @@ def encode(options: argparse.Namespace) -> str:
     if options.out is not None:
         check_free(options.out, options.overwrite, (".npy", ".csv", ".h5ad"))
     model = CD4Model.from_pretrained(options.model, device=options.device)
-    adata = open_h5ad(options.data, backed=options.out is None or options.out.suffix != ".h5ad")
+    copied = options.out is not None and options.out.suffix == ".h5ad"
+    adata = open_h5ad(options.data) if copied else open_cells(options.data)
     say(f"embedding {adata.n_obs} cells ...")
-    z = model.get_latent(adata, batch_size=options.batch_size, allow_missing=options.allow_missing)
+    how = {"batch_size": options.batch_size, "allow_missing": options.allow_missing}
+    if options.out is not None and options.out.suffix == ".npy":
+        write_whole(options.out, lambda part: model.get_latent(adata, out=part, **how))
+        return ""
+    z = model.get_latent(adata, **how)
     if options.out is None or options.out.suffix == ".csv":
         table = pd.DataFrame(z, index=adata.obs_names, columns=[f"z{i}" for i in range(z.shape[1])])
         return write_table(table.rename_axis("cell"), options.out, index=True)
-    if options.out.suffix == ".npy":
-        write_whole(options.out, lambda part: np.save(part, z, allow_pickle=False))
-        return ""
     adata.obsm[options.key_added] = z
     write_whole(options.out, adata.write_h5ad)
     return ""

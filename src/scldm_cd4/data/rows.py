@@ -276,5 +276,5 @@ def _slow(array: Any, rows_per_chunk: float) -> str:
     return (
         f"the matrix is compressed with {array.compression}, {max(1, round(rows_per_chunk))} cells to a chunk that is "
         "unpacked as a whole for each of them: reading cells in random order is some 20 times slower than without. "
-        "Write the file again without: scldm-cd4 prepare IN.h5ad OUT.h5ad, or anndata's write_h5ad without compression="
+        "Write the file again without: h5repack -f NONE IN.h5ad OUT.h5ad (of HDF5), or write_h5ad without compression="
     )
