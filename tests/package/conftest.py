@@ -77,7 +77,7 @@ def names(quick: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
     import pandas as pd
 
     import scldm_cd4
-    from scldm_cd4 import CD4Model, config, datasets, metrics, pl, ranking, settings
+    from scldm_cd4 import CD4Model, config, datasets, metrics, pl, pp, ranking, settings
 
     adata, model = _train(quick)
     train, held = adata[model.train_indices].copy(), adata[model.test_indices].copy()
@@ -92,7 +92,7 @@ def names(quick: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
         ranked = model.rank_perturbations(signature, n_cells=20, seed=0)
     return {
         "np": np, "pd": pd, "scldm_cd4": scldm_cd4, "CD4Model": CD4Model, "config": config, "datasets": datasets,
-        "metrics": metrics, "pl": pl, "ranking": ranking, "settings": settings,
+        "metrics": metrics, "pl": pl, "pp": pp, "ranking": ranking, "settings": settings,
         "adata": adata, "model": model, "plain": _plain(adata), "train": train, "real": held, "cells": cells,
         "conditions": conditions,
         "saved": str(folder), "table": table, "ranked": ranked, "signature": signature,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import scldm_cd4
-from scldm_cd4 import CD4Model, config, datasets, flow, metrics, pl, ranking
+from scldm_cd4 import CD4Model, config, datasets, flow, metrics, pl, pp, ranking
 from scldm_cd4.data import splits
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,7 @@ def _public() -> dict[str, Any]:
         for name in dir(CD4Model)
         if not name.startswith("_") and not isinstance(inspect.getattr_static(CD4Model, name), property)
     }
-    modules = {"metrics": metrics, "datasets": datasets, "pl": pl, "ranking": ranking}
-    if hasattr(scldm_cd4, "pp"):
-        modules["pp"] = scldm_cd4.pp
+    modules = {"metrics": metrics, "datasets": datasets, "pl": pl, "pp": pp, "ranking": ranking}
     for place, module in modules.items():
         found |= {f"{place}.{name}": getattr(module, name) for name in module.__all__}
     for place, module in {"metrics.compat": metrics.compat, "metrics.ranking": metrics.ranking}.items():

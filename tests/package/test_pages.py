@@ -11,7 +11,7 @@ from scldm_cd4.cli import _main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/tutorials").glob("*.md"))]
-RUN = ("start", "data", "conditions", "numbers", "howto", "distributed")
+RUN = ("start", "data", "conditions", "numbers", "howto")
 """Pages whose blocks run one after the other on the names that examples share."""
 NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->\n")
 
