@@ -1,5 +1,8 @@
 """What the trained autoencoder says about given cells."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,15 @@ from numpy.typing import NDArray
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.engines import Engine, on_device
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.latents import CellEncoder, chunks, encode_rows, inference_batch_size
+from scldm_cd4.train.loaders import Batch, CountBatches
 
 PART = 16_384
 """Cells that are encoded before their latents go to a file."""
+UNIT_BATCHES = 16
+"""Batches that a worker of an engine encodes at a time."""
 
 
 def as_rows(indices: Any, cells: CellData) -> NDArray[np.int64]:
@@ -50,20 +57,61 @@ def latents(
     flatten: bool = True,
     batch_size: int | None = None,
     out: str | Path | None = None,
+    engine: Engine | None = None,
 ) -> NDArray[np.float32]:
-    """Return latents, float32: (n, S L) if flat, else tokens (n, S, L); in a ``.npy`` file `out` that is mapped."""
-    if out is None:
+    """Return latents, float32: (n, S L) if flat, else tokens (n, S, L); in a ``.npy`` file `out` that is mapped.
+
+    The workers of an `engine` encode cells that are read here.
+    """
+    if out is None and engine is None:
         z = encode_rows(vae, cells, rows, batch_size=batch_size).numpy()
         return z.reshape(len(z), -1) if flatten else z
     tokens = (vae.config.latent_tokens, vae.config.n_channels)
     shape = (len(rows), tokens[0] * tokens[1]) if flatten else (len(rows), *tokens)
-    mapped = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
-    encoder = CellEncoder(vae)
-    for index in chunks(len(rows), PART):
-        z = encode_rows(vae, cells, rows[index], batch_size=batch_size, encoder=encoder).numpy()
-        mapped[index[0] : index[-1] + 1] = z.reshape(len(z), *shape[1:])
+    parts: Iterator[NDArray[np.float32]]
+    if engine is None:
+        encoder = CellEncoder(vae)
+        pieces = (rows[index] for index in chunks(len(rows), PART))
+        parts = (encode_rows(vae, cells, piece, batch_size=batch_size, encoder=encoder).numpy() for piece in pieces)
+    else:
+        units = _seen(cells, rows, batch_size or inference_batch_size(vae.n_genes))
+        parts = engine.map(_encode_all, Encoding(vae), units, gpu=next(vae.parameters()).device.type != "cpu")
+    if out is None:
+        return np.concatenate([z.reshape(len(z), *shape[1:]) for z in parts])
+    mapped, start = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape), 0
+    for z in parts:
+        mapped[start : start + len(z)] = z.reshape(len(z), *shape[1:])
+        start += len(z)
     mapped.flush()
     return mapped
+
+
+@dataclass
+class Encoding:
+    """What a worker needs to encode any cells."""
+
+    vae: VAE
+
+    def on(self, device: str) -> "Encoding":
+        """Return it with the network on a kind of device."""
+        return Encoding(on_device(self.vae, device))
+
+    @cached_property
+    def encoder(self) -> CellEncoder:
+        """The encoder of the network."""
+        return CellEncoder(self.vae)
+
+
+def _encode_all(job: Encoding, batches: list[Batch]) -> NDArray[np.float32]:
+    """Encode batches one after the other (n, S, L)."""
+    return np.concatenate([job.encoder(batch).cpu().numpy() for batch in batches])
+
+
+def _seen(cells: CellData, rows: NDArray[np.int64], size: int) -> Iterator[list[Batch]]:
+    """Yield what the encoder sees of cells, `UNIT_BATCHES` batches at a time."""
+    data = CountBatches(cells, rows, expressed=True)
+    for unit in chunks(len(rows), UNIT_BATCHES * size):
+        yield [data.seen(unit[batch]) for batch in chunks(len(unit), size)]
 
 
 @torch.inference_mode()

@@ -11,10 +11,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.generation import Trained
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+Parts = TypeVar("Parts", bound=Any)
+Network = TypeVar("Network", bound=torch.nn.Module)
 ENGINES = ("units", "ray")
 RETRIES = 3
 """Times that Ray computes a unit again whose worker died."""
@@ -30,7 +31,10 @@ class Engine(Protocol):
         ...
 
     def map(self, function: Callable[[Any, In], Out], shared: Any, items: Iterable[In], *, gpu: bool) -> Iterator[Out]:
-        """Yield ``function(shared, item)`` in the order of the items."""
+        """Yield ``function(shared, item)`` in the order of the items.
+
+        A method ``on(device)`` of `shared` returns it with its networks on ``cpu``, as it travels, or on ``cuda``.
+        """
         ...
 
 
@@ -130,7 +134,7 @@ class Ray:
         wanted = {"num_cpus": 1, "num_gpus": int(gpu), "max_retries": RETRIES, "max_calls": 0, **self.options}
         kind, each = ("GPU", wanted["num_gpus"]) if gpu else ("CPU", wanted["num_cpus"])
         task = ray.remote(**wanted)(_apply)
-        place = ray.put(_portable(shared))
+        place = ray.put(shared.on("cpu") if hasattr(shared, "on") else shared)
         waiting: deque[Any] = deque()
         try:
             for item in items:
@@ -216,17 +220,15 @@ def _fetch(place: Any) -> Any:
     import ray
 
     shared = ray.get(place)
-    trained = getattr(shared, "trained", None)
-    if trained is not None and torch.cuda.is_available() and ray.get_gpu_ids():
-        for network in (trained.vae, trained.dit):
-            network.to("cuda")
-    return shared
+    return shared.on("cuda") if hasattr(shared, "on") and ray.get_gpu_ids() else shared
 
 
-def _portable(shared: Any) -> Any:
-    """Return a copy whose networks are on the CPU, which every machine has."""
-    trained = getattr(shared, "trained", None)
-    if not isinstance(trained, Trained) or next(trained.dit.parameters()).device.type == "cpu":
-        return shared
-    on_cpu = replace(trained, vae=copy.deepcopy(trained.vae).cpu(), dit=copy.deepcopy(trained.dit).cpu())
-    return replace(shared, trained=on_cpu)
+def trained_on(trained: Parts, device: str) -> Parts:
+    """Return a trained model with its networks on a kind of device."""
+    return replace(trained, vae=on_device(trained.vae, device), dit=on_device(trained.dit, device))
+
+
+def on_device(network: Network, device: str) -> Network:
+    """Return a network on a kind of device: itself where it is there, else a copy."""
+    here = next(network.parameters()).device
+    return network if here.type == device else copy.deepcopy(network).to(device)

@@ -19,6 +19,7 @@ from scldm_cd4.data.mudata import as_anndata, setup_mudata, writable
 from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.data.splits import make_split
 from scldm_cd4.distributed import generate_divided
+from scldm_cd4.engines import one_caller
 from scldm_cd4.evaluation import evaluate
 from scldm_cd4.familiarity import warn_of_far_cells
 from scldm_cd4.generation import counterfactual_cells, generate_cells
@@ -179,6 +180,7 @@ class CD4Model(ModelBase, QueryMethods):
         allow_missing: bool = False,
         seed: int | None = None,
         out: str | Path | None = None,
+        engine: Any = None,
     ) -> np.ndarray:
         """Embed cells.
 
@@ -203,6 +205,8 @@ class CD4Model(ModelBase, QueryMethods):
             Not used: the latent is not random.
         out
             A ``.npy`` file to write latents to as they come; it is returned memory-mapped.
+        engine
+            ``"ray"``, or a `scldm_cd4.engines.Ray`: its workers encode the cells, which are read here.
 
         Returns
         -------
@@ -229,8 +233,9 @@ class CD4Model(ModelBase, QueryMethods):
             raise DataError("key_added= writes flat latents of all cells: leave out indices= and flatten=")
         place = writable((self.adata if self.mdata is None else self.mdata) if adata is None else adata)
         cells = self._cells(self._adata(adata), allow_missing=allow_missing)
-        rows = embedding.as_rows(indices, cells)
-        z = embedding.latents(vae, cells, rows, flatten=flatten, batch_size=batch_size, out=out)
+        rows, workers = embedding.as_rows(indices, cells), None if engine is None else one_caller(engine)
+        how: dict[str, Any] = {"flatten": flatten, "batch_size": batch_size, "out": out, "engine": workers}
+        z = embedding.latents(vae, cells, rows, **how)
         if key_added is not None:
             place.obsm[key_added] = z
         return z

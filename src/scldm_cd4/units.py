@@ -24,6 +24,7 @@ from scipy import sparse
 from scldm_cd4._errors import DataError
 from scldm_cd4.checkpoint.native import plain
 from scldm_cd4.conditions import Request
+from scldm_cd4.engines import trained_on
 from scldm_cd4.generation import Trained
 from scldm_cd4.output import describe_cells, label_columns
 from scldm_cd4.registry import Registry
@@ -259,6 +260,10 @@ class Job:
     run: RunFolder
     genes: NDArray[np.int64] | None
     workers: int | None = None
+
+    def on(self, device: str) -> "Job":
+        """Return it with the networks on a kind of device."""
+        return replace(self, trained=trained_on(self.trained, device))
 
 
 def compute(job: Job, unit: Unit) -> int:

@@ -291,6 +291,8 @@ def test_what_engines_cannot_do(trained: Any, plain: Any, tmp_path: Path) -> Non
         trained.generate(**ASK, out=tmp_path / "cells.csv", engine="units")
     with pytest.raises(DataError, match="engine='ray'"):
         trained.rank_perturbations(["x"], engine="units")
+    with pytest.raises(DataError, match="engine='ray'"):
+        trained.get_latent(plain, engine="units")
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -373,6 +375,10 @@ class TestRay:
         ask: dict[str, Any] = {"n_cells": 20, "seed": 0, "n_boot": 20}
         expected = trained.rank_perturbations(genes, **ask)
         pd.testing.assert_frame_equal(trained.rank_perturbations(genes, **ask, engine=ray_engine), expected)
+
+    def test_latents_are_those_of_one_process(self, ray_engine: Ray, trained: Any, simulated: Any) -> None:
+        expected = trained.get_latent(simulated, batch_size=8)
+        assert np.array_equal(trained.get_latent(simulated, batch_size=8, engine=ray_engine), expected)
 
     def test_no_gpu_is_said(self, ray_engine: Ray) -> None:
         with pytest.raises(DataError, match="no GPU"):

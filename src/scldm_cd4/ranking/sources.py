@@ -7,7 +7,7 @@ from typing import Any
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.data.cells import CellData
-from scldm_cd4.engines import Engine
+from scldm_cd4.engines import Engine, trained_on
 from scldm_cd4.generation import Trained
 from scldm_cd4.ranking.effects import Both, Change, Context, Control, EffectSource, Generated, Observed, Summariser
 from scldm_cd4.ranking.population import latent_embedding
@@ -38,6 +38,10 @@ class Job:
     summariser: Summariser
     controls: Mapping[Context, Control]
     n_cells: int
+
+    def on(self, device: str) -> "Job":
+        """Return it with the networks on a kind of device."""
+        return replace(self, trained=trained_on(self.trained, device))
 
 
 def changes_of(job: Job, names: Sequence[str]) -> list[dict[Context, Change]]:
