@@ -105,7 +105,7 @@ def draw(folder: Path, n_cells: int, way: str, kill: bool) -> dict[str, float]:
         asked = {"n_cells": each, "seed": 0, "out": out, "size_factors": COUNTS, "genes": None}
         generate_divided(model, engine, labels, sampling=how, overwrite=False, **asked)
     everybody = [os.getpid(), *descendants(os.getpid())]
-    peaks = [peak_mb(pid) for pid in descendants(os.getpid()) if is_worker(pid)]
+    peaks = [peak_mb(pid) for pid in descendants(os.getpid()) if command_of(pid).startswith(b"ray::")]
     return {
         "cpu": cpu_seconds(everybody) - cpu,
         "wall": time.time() - wall,
@@ -115,12 +115,17 @@ def draw(folder: Path, n_cells: int, way: str, kill: bool) -> dict[str, float]:
     }
 
 
-def is_worker(pid: int) -> bool:
-    """Return whether a process is one of Ray's workers at work, or a rank of torchrun."""
+def command_of(pid: int) -> bytes:
+    """Return the command line of a process; empty where it has ended."""
     try:
-        return b"ray::_apply" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
+        return b""
+
+
+def is_at_work(pid: int) -> bool:
+    """Return whether a process is one of Ray's workers that draws a unit."""
+    return b"ray::_apply" in command_of(pid)
 
 
 def kill_worker(out: Path, killed: list[int]) -> None:
@@ -129,7 +134,7 @@ def kill_worker(out: Path, killed: list[int]) -> None:
     while not killed:
         time.sleep(0.02)
         if units.is_dir() and len(list(units.glob("unit-*"))) >= 3:
-            for pid in filter(is_worker, descendants(os.getpid())):
+            for pid in filter(is_at_work, descendants(os.getpid())):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
                 break
@@ -148,7 +153,7 @@ def torchrun(folder: Path, n_cells: int) -> dict[str, float]:
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while len(list(units.glob("unit-*"))) < 3 and run.poll() is None:
         time.sleep(0.02)
-    victim = next(pid for pid in descendants(run.pid) if b"scldm_cd4.cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    victim = next(pid for pid in descendants(run.pid) if b"scldm_cd4.cli" in command_of(pid))
     os.kill(victim, signal.SIGKILL)
     status = run.wait()
     there = {p.name: p.stat().st_mtime_ns for p in units.glob("unit-*")}
@@ -209,7 +214,9 @@ def main() -> None:
         make_model(folder / "model")
     for n_cells in (options.n_cells // 5, options.n_cells):
         ways = (
-            options.ways if n_cells == options.n_cells else [way for way in options.ways if way in ("plain", "units")]
+            options.ways
+            if n_cells == options.n_cells
+            else [way for way in options.ways if way in ("plain", "units", "ray1")]
         )
         for way in ways:
             for old in (folder / f"{way}.h5ad", folder / f"{way}.h5ad.units"):

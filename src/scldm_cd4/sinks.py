@@ -133,7 +133,7 @@ class FileSink:
         )
 
     def _growing(self) -> dict[str, Any]:
-        return {"chunks": (CHUNK,), "maxshape": (None,)}
+        return {"chunks": (CHUNK // 8,), "maxshape": (None,)}
 
     def _shape(self, *shape: int) -> Any:
         return np.array(shape)
@@ -191,7 +191,7 @@ class ZarrSink(FileSink):
         return self.file.create_array(name, data=values, chunks=chunks)
 
     def _growing(self) -> dict[str, Any]:
-        return {"chunks": (CHUNK,)}
+        return {"chunks": (CHUNK // 8,)}
 
     def _shape(self, *shape: int) -> Any:
         return list(shape)
