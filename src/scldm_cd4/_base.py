@@ -15,7 +15,7 @@ from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
 from scldm_cd4._storage import Storage
-from scldm_cd4.config import ModelConfig
+from scldm_cd4.config import PRESETS, ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.mudata import as_anndata, is_mudata
 from scldm_cd4.data.splits import Split
@@ -23,6 +23,9 @@ from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import CAREFUL_STEPS, Sampling
+
+TITLES = {"vae": "autoencoder", "flow": "flow"}
+"""What the stages are called."""
 
 
 class ModelBase(Storage):
@@ -153,11 +156,14 @@ class ModelBase(Storage):
         trained = [name for name, net in (("autoencoder", state.vae), ("flow", state.dit)) if net is not None]
         size = sum(p.numel() for net in (state.vae, state.dit) if net is not None for p in net.parameters())
         sizes = [f"{len(a)} {a.role}{'s' if len(a) != 1 else ''}" for a in reversed(registry.attributes)]
+        preset = next((name for name, config in PRESETS.items() if config == state.config), "own configuration")
         return {
+            "preset": preset,
             "genes": str(registry.n_genes),
             "conditions": ", ".join(sizes),
             "control": registry.control or "none",
             "trained": " and ".join(trained) or "no",
+            **{f"training of the {TITLES[name]}": _told(table) for name, table in state.history.items() if len(table)},
             "parameters": f"{size:,}" if size else "not built yet",
             "device": f"{self.device}, {choose('auto', self.device).name}",
         }
@@ -168,7 +174,8 @@ class ModelBase(Storage):
     def _repr_html_(self) -> str:
         from html import escape
 
-        rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items())
+        facts = self._facts().items()
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
         return f"<b>CD4Model</b><table>{rows}</table>"
 
     def _require(self, part: str) -> State:
@@ -209,6 +216,13 @@ class ModelBase(Storage):
         """Return aligned cells; with labels only where they are to be decoded and the decoder takes labels."""
         labels = decoded and self.config.vae.label_rank > 0
         return CellData.from_adata(adata, self._state.registry, labels=labels, allow_missing=allow_missing)
+
+
+def _told(table: pd.DataFrame) -> str:
+    """Say how long a stage was trained and how low its loss came."""
+    validated = "validation_loss" in table and table["validation_loss"].notna().any()
+    column, what = ("validation_loss", "validation") if validated else ("train_loss", "training")
+    return f"{len(table)} epochs, best {what} loss {table[column].min():.4g}"
 
 
 def resolve_seed(seed: int | None, resume_from: str | Path | None = None) -> int:

@@ -14,6 +14,7 @@ from scldm_cd4._state import State
 from scldm_cd4.checkpoint.hub import find_model, push_folder
 from scldm_cd4.checkpoint.native import load_folder
 from scldm_cd4.checkpoint.pretrained import Options, has_vocabulary, is_reference, read_reference
+from scldm_cd4.data.mudata import as_anndata
 from scldm_cd4.data.setup import require_anndata
 
 
@@ -95,7 +96,7 @@ class Storage:
                 f"{type(dir_path).__name__} as folder"
             )
         if adata is not None:
-            require_anndata(adata)
+            require_anndata(as_anndata(adata))
         model = cls.__new__(cls)
         model._start(State.load(dir_path), adata, settings.device if device is None else device)
         return model
@@ -183,7 +184,7 @@ class Storage:
                 )
             return cls.load(folder, adata, device=device)
         if adata is not None:
-            require_anndata(adata)
+            require_anndata(as_anndata(adata))
             vocabulary = adata if vocabulary is None and not has_vocabulary(folder) else vocabulary
         options = Options(
             vocabulary, size_factors, control, weights, allow_pickle, columns, dict(vae or {}), dict(flow or {})

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
+from scldm_cd4._console import tracked
 from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
 from scldm_cd4.conditions import Request, resolve_requests
@@ -113,7 +113,7 @@ def generate_units(
     missing = [unit.number for unit in units if not run.is_done(unit)]
     job = Job(trained, sampling, run, positions, workers)
     done = engine.map(compute, job, (cutting[i] for i in missing), gpu=device != "cpu")
-    for _ in tqdm(done, total=len(missing), desc="units", disable=None if progress is None else not progress):
+    for _ in tracked(done, len(missing), "generating", "units", progress=progress):
         pass
     if lost := [i for i in missing if not run.file(i).exists() and not is_finished(path, run.key)]:
         raise DataError(

@@ -1,6 +1,6 @@
 """Generated and counterfactual cells as AnnData."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 
+from scldm_cd4._console import tracked
 from scldm_cd4._errors import DataError
 from scldm_cd4._parallel import in_order, one_thread_each
+from scldm_cd4._settings import settings
 from scldm_cd4.conditions import Request, known_label
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
@@ -67,7 +70,8 @@ def generate_cells(
     sampler = Sampler(trained.vae, trained.dit, registry, sampling)
     sink = MemorySink() if out is None else file_sink(out, overwrite=overwrite)
     try:
-        with closing(draw(sampler, requests, library, workers)) as drawn:
+        units = draw(sampler, requests, library, workers)
+        with closing(_told(units, sum(r.n_cells for r in requests), in_memory=out is None)) as drawn:
             sizes = collect(drawn, sink, positions)
         obs = describe_cells(registry, requests, sizes)
         return sink.finish(obs, _var(trained, sampling, positions), provenance(trained, sampling, size_factors))
@@ -120,8 +124,11 @@ def counterfactual_cells(
         np.arange(i, min(i + sampling.batch_size, cells.n_cells)) for i in range(0, cells.n_cells, sampling.batch_size)
     )
     try:
-        with one_thread_each(sampler.device, workers) as n:
-            sizes = collect(in_order(run, chunks, n), sink, positions)
+        with (
+            one_thread_each(sampler.device, workers) as n,
+            closing(_told(in_order(run, chunks, n), cells.n_cells, in_memory=out is None)) as drawn,
+        ):
+            sizes = collect(drawn, sink, positions)
         dropped = [role for role in ROLES if role not in sampler.used]
         obs = describe_counterfactuals(registry, cells.obs_names, source, target, dropped, sizes)
         uns = provenance(trained, sampling, "cells" if size_factors is None else size_factors)
@@ -130,6 +137,26 @@ def counterfactual_cells(
     except BaseException:
         sink.abort()
         raise
+
+
+def _told(drawn: Iterator[Drawn], n_cells: int, *, in_memory: bool) -> Generator[Drawn, None, None]:
+    """Yield drawn cells, and tell how far they have come."""
+    return tracked(
+        drawn,
+        n_cells,
+        "generating",
+        "cells",
+        size=lambda part: part.values.shape[0],
+        n_bytes=_bytes if in_memory else None,
+        progress=settings.progress,
+    )
+
+
+def _bytes(part: Drawn) -> int:
+    values = part.values
+    return int(
+        sum(x.nbytes for x in (values.data, values.indices, values.indptr)) if issparse(values) else values.nbytes
+    )
 
 
 def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[str, Any]:
@@ -152,6 +179,7 @@ def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[
         "device": str(next(trained.dit.parameters()).device),
         "torch_version": str(torch.__version__),
         "size_factors": kind,
+        "unseen": sampling.unseen if trained.vae.config.transfer else "model",
     }
     return {"scldm_cd4": facts}
 

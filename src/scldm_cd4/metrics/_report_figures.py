@@ -9,12 +9,8 @@ import numpy as np
 from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._report_cells import Places, Quality, Recovery, Scored
 from scldm_cd4.metrics.registry import METRICS
-from scldm_cd4.pl._embedding import COLOURS, REST
+from scldm_cd4.pl._figure import GENERATED, GREY, INK, REAL, REST, SIGNIFICANT, histograms, name_points, plain
 
-REAL, GENERATED = COLOURS[:2]
-"""Colours of real and generated cells, as in :func:`scldm_cd4.pl.real_vs_generated`."""
-SIGNIFICANT = COLOURS[2]
-GREY, INK = "#8A94A0", "#1D2733"
 N_LABELS = 8
 """Genes that are named in a scatter of shifts."""
 MAX_NAMED = 5
@@ -33,13 +29,6 @@ def drawing() -> Iterator[None]:
         matplotlib.rcParams.update({"font.size": 9.0, "axes.titlesize": 9.5, "legend.fontsize": 8.5})
         matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY})
         yield
-
-
-def plain(label: str, length: int = 26) -> str:
-    """Give a label that matplotlib draws as it stands, shortened: no formula, no new line, not hidden by a ``_``."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(label)).split())
-    text = text if len(text) <= length else f"{text[: length - 1]}…"
-    return (f" {text}" if text.startswith("_") else text).replace("$", r"\$")
 
 
 def name(key: Key) -> str:
@@ -148,7 +137,8 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
         if not keep.all():
             ax.scatter(real[~keep], pred[~keep], s=34, c=INK, marker="x", lw=1.2, label="target (left out)")
         shown = np.argsort(-np.maximum(np.abs(real), np.abs(pred)), kind="stable")[:N_LABELS]
-        _name_genes(ax, real[shown], pred[shown], [plain(scored.truth.real.genes[g], 16) for g in shown], limit)
+        labels = [plain(scored.truth.real.genes[g], 16) for g in shown]
+        name_points(ax, real[shown], pred[shown], labels, (limit, limit))
         ax.set(
             xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="real shift", ylabel="generated shift"
         )
@@ -157,41 +147,6 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda pair: len(pair[0]))
     figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
     return figure
-
-
-def _name_genes(ax: Any, x: np.ndarray, y: np.ndarray, names: Sequence[str], limit: float) -> None:
-    """Write names beside points, outward where there is room, none above another."""
-    from matplotlib.patheffects import withStroke
-
-    for side in (1.0, -1.0):
-        own = np.flatnonzero(x > 0 if side > 0 else x <= 0)
-        own = own[np.argsort(y[own], kind="stable")]
-        for i, height in zip(own.tolist(), _apart(y[own], 0.1 * limit, limit), strict=True):
-            outward = side if abs(x[i]) < 0.5 * limit else -side
-            ax.annotate(
-                names[i],
-                (x[i], y[i]),
-                (x[i] + 0.09 * limit * outward, height),
-                ha="left" if outward > 0 else "right",
-                va="center",
-                fontsize=7.5,
-                color=INK,
-                path_effects=[withStroke(linewidth=2.0, foreground="white")],
-                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
-            )
-
-
-def _apart(heights: np.ndarray, gap: float, limit: float) -> np.ndarray:
-    """Move sorted heights apart by a gap at least, within the limits."""
-    out = heights.astype(np.float64).copy()
-    for i in range(1, len(out)):
-        out[i] = max(out[i], out[i - 1] + gap)
-    over = out[-1] - 0.95 * limit if len(out) else 0.0
-    if over > 0:
-        out[-1] -= over
-        for i in range(len(out) - 2, -1, -1):
-            out[i] = min(out[i], out[i + 1] - gap)
-    return out
 
 
 def plane(scored: Scored, places: Places) -> Any:
@@ -291,11 +246,11 @@ def quality(real: Quality, pred: Quality) -> Any:
     has_counts = not np.isnan(real.library).any()
     figure, axes = _panels(4, 2, 5.2, 3.5)
     if has_counts:
-        _histograms(axes[0], real.library, pred.library, "counts per cell", log=True)
+        histograms(axes[0], real.library, pred.library, "counts per cell", log=True)
     else:
         axes[0].text(0.5, 0.5, "no counts were given", ha="center", color=INK, transform=axes[0].transAxes)
         axes[0].set_axis_off()
-    _histograms(axes[1], real.genes, pred.genes, "genes per cell", log=False)
+    histograms(axes[1], real.genes, pred.genes, "genes per cell", log=False)
     axes[2].axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
     axes[2].scatter(real.zeros, pred.zeros, s=10, c=INK, alpha=0.4, linewidths=0)
     axes[2].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="share of zeros, real", ylabel="generated")
@@ -311,21 +266,3 @@ def quality(real: Quality, pred: Quality) -> Any:
         axes[3].plot(ends, ends, color=GREY, lw=0.9, ls="--", label="Poisson")
     axes[3].legend(frameon=False)
     return figure
-
-
-def _histograms(ax: Any, real: np.ndarray, pred: np.ndarray, title: str, *, log: bool) -> None:
-    """Draw two histograms over the same bins, one filled and one an outline."""
-    both = np.concatenate([real, pred])
-    low, high = max(both.min(), 1.0) if log else both.min(), both.max()
-    bins = np.geomspace(low, max(high, low * 1.01), 41) if log else np.linspace(low, max(high, low + 1.0), 41)
-    ax.hist(np.clip(real, low, None), bins=bins, color=REAL, alpha=0.35, label=f"real, median {np.median(real):.0f}")
-    ax.hist(
-        np.clip(pred, low, None),
-        bins=bins,
-        histtype="step",
-        color=GENERATED,
-        lw=1.8,
-        label=f"generated, median {np.median(pred):.0f}",
-    )
-    ax.set(xlabel=title, ylabel="cells", xscale="log" if log else "linear")
-    ax.legend(frameon=False)

@@ -1,20 +1,20 @@
 """Real and generated cells in one plane that only real cells have shaped."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.pl._figure import COLOURS, REST, finish, new_axes, new_figure, open_sides, plain
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-"""Colours that people with any colour vision tell apart (after Okabe & Ito 2008)."""
-REST = "#C8C8C8"
-"""Colour of the cells in no named group."""
+METHODS = {"umap": "UMAP", "pca": "PC"}
+"""Ways to a plane, and what its axes are called."""
 
 
-def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Fit a UMAP on reference cells and place other cells in it.
+def embed_like(reference: np.ndarray, *others: np.ndarray, method: str = "umap", seed: int = 0) -> list[np.ndarray]:
+    """Fit a plane on reference cells and place other cells in it.
 
     Parameters
     ----------
@@ -22,17 +22,19 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> lis
         Features of the cells that shape the plane, cells x features.
     others
         Features of the cells to place; each array by the same rule, so they may be compared.
+    method
+        ``umap``, or ``pca`` for the first two principal components, which show distances as they are.
     seed
         Of the UMAP.
 
     Returns
     -------
-    Coordinates of each of `others`, cells x 2.
+    Coordinates of each of `others`, float array, cells x 2.
 
     Raises
     ------
     DataError
-        There are fewer than 4 reference cells.
+        There are fewer than 4 reference cells, or the method is unknown.
 
     Examples
     --------
@@ -40,8 +42,15 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, seed: int = 0) -> lis
     >>> places.shape == (len(x), 2)
     True
     """
+    if method not in METHODS:
+        raise DataError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     if len(reference) < 4:
-        raise DataError(f"a UMAP needs at least 4 reference cells, got {len(reference)}")
+        raise DataError(f"a plane needs at least 4 reference cells, got {len(reference)}")
+    if method == "pca":
+        from scldm_cd4.metrics import fit_projection
+
+        axes = fit_projection(np.asarray(reference), 2)
+        return [axes.apply(np.asarray(other)) for other in others]
     import warnings
 
     from threadpoolctl import threadpool_limits
@@ -63,8 +72,10 @@ def embedding(
     title: str = "",
     limits: np.ndarray | None = None,
     size: float | None = None,
+    axis: str = "UMAP",
     seed: int = 0,
     ax: Any = None,
+    save: str | Path | None = None,
 ) -> Any:
     """Draw cells in a plane, coloured by group, in shuffled order so that no group hides another.
 
@@ -82,10 +93,14 @@ def embedding(
         Cells x 2: the axes show the range of these coordinates; None for those drawn.
     size
         Of a point, in points squared; None: larger for fewer cells.
+    axis
+        What the axes are called, with a number each.
     seed
         Of the order of drawing.
     ax
         Axes to draw on; None makes a figure.
+    save
+        File to write the figure to.
 
     Returns
     -------
@@ -94,7 +109,7 @@ def embedding(
     Raises
     ------
     DataError
-        There is not one group per cell, or more than 7 groups are to be named.
+        There is not one group per cell, more than 7 groups are to be named, or the file cannot be written.
 
     Examples
     --------
@@ -107,7 +122,7 @@ def embedding(
         raise DataError(f"coordinates of shape {coordinates.shape} do not fit {len(groups)} groups")
     if len(named) > len(COLOURS):
         raise DataError(f"{len(named)} groups cannot be told apart by colour; name at most {len(COLOURS)}")
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes((5.0, 5.0)) if ax is None else ax
     size = float(np.clip(12_000 / max(len(groups), 1), 4.0, 16.0)) if size is None else size
     colour = dict(zip(named, COLOURS, strict=False))
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -116,8 +131,8 @@ def embedding(
         shades = [colour.get(group, REST) for group in groups[rows]]
         ax.scatter(*coordinates[rows].T, c=shades, s=size, alpha=alpha, linewidths=0, rasterized=True)
     shown = [(name, colour[name]) for name in named] + ([] if known.all() else [("others", REST)])
-    _dress(ax, coordinates if limits is None else np.asarray(limits), shown, title)
-    return ax
+    _dress(ax, coordinates if limits is None else np.asarray(limits), shown, title, axis)
+    return finish(ax, save)
 
 
 def real_vs_generated(
@@ -128,11 +143,14 @@ def real_vs_generated(
     *,
     named: Sequence[str],
     title: str,
+    other_real: np.ndarray | None = None,
     names: tuple[str, str] = ("held out", "generated"),
     group_title: str = "perturbation",
+    axis: str = "UMAP",
     seed: int = 0,
+    save: str | Path | None = None,
 ) -> Any:
-    """Draw real and generated cells together, and each of them by group.
+    """Draw real and generated cells together, and each of them by group; see `overlay`, which finds the coordinates.
 
     Parameters
     ----------
@@ -144,16 +162,28 @@ def real_vs_generated(
         Groups with a colour of their own, at most 7.
     title
         Of the figure; say here whether the cells are simulated.
+    other_real
+        Coordinates of other real cells, cells x 2. A further panel draws them over the first ones: what two samples of
+        one distribution look like.
     names
         Of the two kinds of cells.
     group_title
         What the groups are.
+    axis
+        What the axes are called, with a number each.
     seed
         Of the order of drawing.
+    save
+        File to write the figure to.
 
     Returns
     -------
     The Figure.
+
+    Raises
+    ------
+    DataError
+        There is not one group per cell, more than 7 groups are to be named, or the file cannot be written.
 
     Examples
     --------
@@ -161,38 +191,32 @@ def real_vs_generated(
     >>> groups = real.obs["perturbation"], cells.obs["perturbation"]
     >>> figure = pl.real_vs_generated(places, others, *groups, named=["GATA3", "NTC"], title="SIMULATED")
     """
-    figure = _new_figure((13.0, 4.9))
-    axes = figure.subplots(1, 3)
-    both = np.concatenate([real, generated])
-    source = np.repeat(names, [len(real), len(generated)])
-    each = f"{len(real)} cells each" if len(real) == len(generated) else f"{len(real)} and {len(generated)} cells"
-    embedding(both, source, named=names, title=f"{' and '.join(names)}, {each}", seed=seed, ax=axes[0])
-    for ax, cells, groups, what in (
-        (axes[1], real, real_groups, names[0]),
-        (axes[2], generated, generated_groups, names[1]),
-    ):
-        embedding(cells, groups, named=named, title=f"{what}: {group_title}", limits=both, seed=seed, ax=ax)
+    more = [] if other_real is None else [(other_real, f"other {names[0]}")]
+    figure = new_figure((13.0, 4.9) if other_real is None else (9.6, 10.0))
+    axes = figure.subplots(1, 3).ravel() if other_real is None else figure.subplots(2, 2).ravel()
+    limits = np.concatenate([real, generated, *(cells for cells, _ in more)])
+    for ax, (cells, what) in zip(axes, [(generated, names[1]), *more], strict=False):
+        both, source = np.concatenate([real, cells]), np.repeat([names[0], what], [len(real), len(cells)])
+        each = f"{len(real)} cells each" if len(real) == len(cells) else f"{len(real)} and {len(cells)} cells"
+        name = f"{names[0]} and {what}, {each}"
+        embedding(both, source, named=[names[0], what], title=name, limits=limits, axis=axis, seed=seed, ax=ax)
+    kinds = ((real, real_groups, names[0]), (generated, generated_groups, names[1]))
+    for ax, (cells, groups, what) in zip(axes[-2:], kinds, strict=True):
+        name = f"{what}: {group_title}"
+        embedding(cells, groups, named=named, title=name, limits=limits, axis=axis, seed=seed, ax=ax)
     figure.suptitle(title)
-    return figure
+    return finish(figure, save)
 
 
-def _new_figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def _new_axes() -> Any:
-    return _new_figure((5.0, 5.0)).subplots()
-
-
-def _dress(ax: Any, limits: np.ndarray, shown: list[tuple[str, str]], title: str) -> None:
+def _dress(ax: Any, limits: np.ndarray, shown: list[tuple[str, str]], title: str, axis: str) -> None:
     from matplotlib.lines import Line2D
 
     low, high = limits.min(axis=0), limits.max(axis=0)
     margin = 0.04 * (high - low) + 1e-9
     ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-    ax.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", title=title)
-    ax.spines[["top", "right"]].set_visible(False)
-    marks = [Line2D([], [], ls="", marker="o", ms=6, mec="none", color=shade, label=name) for name, shade in shown]
+    ax.set(xticks=[], yticks=[], xlabel=f"{axis} 1", ylabel=f"{axis} 2", title=title)
+    open_sides(ax)
+    marks = [
+        Line2D([], [], ls="", marker="o", ms=6, mec="none", color=shade, label=plain(name)) for name, shade in shown
+    ]
     ax.legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncol=4, frameon=False, handletextpad=0.1)

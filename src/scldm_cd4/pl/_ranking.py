@@ -1,17 +1,27 @@
 """Plots of a table of `CD4Model.rank_perturbations`."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.pl._embedding import _new_figure
+from scldm_cd4.pl._figure import COLOURS, finish, new_axes, new_figure, open_sides, plain
 
-DARK, LIGHT, MARK = "#3b6ea5", "#c9d6e5", "#d1495b"
+DARK, MARK = COLOURS[:2]
+LIGHT = "#C9DCE8"
 
 
-def waterfall(table: Any, *, known: Iterable[str] = (), n_named: int = 5, title: str = "", ax: Any = None) -> Any:
+def waterfall(
+    table: Any,
+    *,
+    known: Iterable[str] = (),
+    n_named: int = 5,
+    title: str = "",
+    ax: Any = None,
+    save: str | Path | None = None,
+) -> Any:
     """Draw the scores of all perturbations, best first, with intervals and the chance level.
 
     Parameters
@@ -26,6 +36,8 @@ def waterfall(table: Any, *, known: Iterable[str] = (), n_named: int = 5, title:
         Of the plot; say here whether the cells are simulated.
     ax
         Axes to draw in; a new figure by default.
+    save
+        File to write the figure to.
 
     Returns
     -------
@@ -46,8 +58,8 @@ def waterfall(table: Any, *, known: Iterable[str] = (), n_named: int = 5, title:
     known = set(known)
     if known and not rows["perturbation"].isin(known).any():
         raise DataError(f"none of the known, such as {min(known)!r}, is in the table")
-    ax = _new_axes((max(5.0, min(14.0, 0.12 * len(rows))), 4.2)) if ax is None else ax
-    place, score = np.arange(len(rows)), rows["score"].to_numpy()
+    ax = new_axes((max(5.0, min(14.0, 0.12 * len(rows))), 4.2)) if ax is None else ax
+    place, score = np.arange(1, len(rows) + 1), rows["score"].to_numpy()
     marked = rows["perturbation"].isin(known).to_numpy()
     ends = rows[["score_lo", "score_hi"]].to_numpy()
     ax.fill_between(place, rows["chance_lo"], rows["chance_hi"], color="0.9", lw=0, label="chance, 90 %")
@@ -57,28 +69,29 @@ def waterfall(table: Any, *, known: Iterable[str] = (), n_named: int = 5, title:
             ax.errorbar(
                 place[chosen], score[chosen], error, fmt="o", ms=3, lw=0.8, color=colour, ecolor=colour, label=label
             )
-    named = marked | (place < n_named) | (place >= len(rows) - n_named)
+    named = marked | (place <= n_named) | (place > len(rows) - n_named)
     for i in np.flatnonzero(named):
+        above = 2 * i < len(rows)  # where the curve leaves room
         ax.annotate(
-            rows["perturbation"].iloc[i],
-            (i, ends[i, 1]),
-            xytext=(0, 3),
+            plain(rows["perturbation"].iloc[i], 20),
+            (place[i], ends[i, 1 if above else 0]),
+            xytext=(0, 3 if above else -3),
             textcoords="offset points",
             rotation=90,
             ha="center",
-            va="bottom",
+            va="bottom" if above else "top",
             fontsize=7,
             color=MARK if marked[i] else "0.2",
         )
     ax.axhline(0, color="0.6", lw=0.6)
     ax.set(xlabel="rank", ylabel="score", title=title)
     ax.margins(y=0.2)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_sides(ax)
     ax.legend(frameon=False, fontsize=8)
-    return ax
+    return finish(ax, save)
 
 
-def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None) -> Any:
+def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None, save: str | Path | None = None) -> Any:
     """Draw the scores of perturbations in every donor and time point.
 
     Parameters
@@ -91,6 +104,8 @@ def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None)
         Of the plot.
     ax
         Axes to draw in; a new figure by default.
+    save
+        File to write the figure to.
 
     Returns
     -------
@@ -110,17 +125,25 @@ def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None)
     if values.shape[1] < 2:
         raise DataError("the table has one group of contexts; rank with donor='each' and timepoint='each'")
     values = values.loc[values.mean(axis=1).sort_values(ascending=False).index[:n]]
-    ax = _new_axes((1.8 + 0.35 * values.shape[1], 1.5 + 0.2 * len(values))) if ax is None else ax
+    times = list(dict.fromkeys(time for time, _ in values.columns))
+    values = values[sorted(values.columns, key=lambda context: times.index(context[0]))]
+    ax = new_axes((1.8 + 0.35 * values.shape[1], 1.5 + 0.2 * len(values))) if ax is None else ax
     limit = float(np.nanmax(np.abs(values.to_numpy()))) or 1.0
     image = ax.imshow(values.to_numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    ax.set_yticks(range(len(values)), values.index, fontsize=7)
-    ax.set_xticks(range(values.shape[1]), [", ".join(map(str, c)) for c in values.columns], rotation=90, fontsize=7)
+    ax.set_facecolor("0.85")  # no score
+    ends = np.flatnonzero([a[0] != b[0] for a, b in zip(values.columns[:-1], values.columns[1:], strict=True)])
+    for end in ends:
+        ax.axvline(end + 0.5, color="white", lw=2.5)
+    ax.set_yticks(range(len(values)), [plain(name, 20) for name in values.index], fontsize=7)
+    ax.set_xticks(
+        range(values.shape[1]), [plain(", ".join(map(str, c))) for c in values.columns], rotation=90, fontsize=7
+    )
     ax.set_title(title)
     ax.figure.colorbar(image, ax=ax, label="score", shrink=0.6)
-    return ax
+    return finish(ax, save)
 
 
-def candidate_card(table: Any, perturbation: str, *, title: str | None = None) -> Any:
+def candidate_card(table: Any, perturbation: str, *, title: str | None = None, save: str | Path | None = None) -> Any:
     """Draw what speaks for one perturbation: its score by donor, the genes that drive it, and the evidence in words.
 
     Parameters
@@ -131,6 +154,8 @@ def candidate_card(table: Any, perturbation: str, *, title: str | None = None) -
         Which.
     title
         Of the figure; the perturbation by default.
+    save
+        File to write the figure to.
 
     Returns
     -------
@@ -149,7 +174,7 @@ def candidate_card(table: Any, perturbation: str, *, title: str | None = None) -
     if perturbation not in rows.index:
         raise DataError(f"{perturbation!r} has no score in the table")
     row = rows.loc[perturbation]
-    figure = _new_figure((10.5, 3.6))
+    figure = new_figure((10.5, 3.6))
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.1])
     # per-donor scores are the columns that follow the smallest of them
     donors = [
@@ -169,9 +194,9 @@ def candidate_card(table: Any, perturbation: str, *, title: str | None = None) -
     right.axis("off")
     right.text(0, 1, _words(row, len(rows)), va="top", fontsize=9, transform=right.transAxes)
     for ax in (left, middle):
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(perturbation if title is None else title)
-    return figure
+        open_sides(ax)
+    figure.suptitle(plain(perturbation) if title is None else title)
+    return finish(figure, save)
 
 
 def _words(row: Any, n: int) -> str:
@@ -193,7 +218,3 @@ def _one_group(table: Any) -> Any:
     if len(table[["donor", "timepoint"]].drop_duplicates()) != 1:
         raise DataError("the table has several donors or time points; choose one, such as table[table.donor == 'D1']")
     return table[table["score"].notna()].sort_values("rank", kind="stable")
-
-
-def _new_axes(size: tuple[float, float]) -> Any:
-    return _new_figure(size).subplots()

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scldm_cd4._console import tracked
 from scldm_cd4._errors import DataError
+from scldm_cd4._settings import settings
 from scldm_cd4.conditions import as_n_cells, requested_levels
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.engines import Engine, one_caller
@@ -222,8 +224,6 @@ def rank_perturbations(
     >>> table["perturbation"].tolist() == table.sort_values("rank")["perturbation"].tolist()
     True
     """
-    from scldm_cd4._settings import settings
-
     return rank(
         self._trained(),
         self._sampling(seed=seed, guidance=guidance),
@@ -272,7 +272,8 @@ class _Run:
         """Return the rows of perturbations, one per group."""
         controls, scorers = self.scorers(n_cells)
         rows = {}
-        found = self.source.changes(names, controls, n_cells)
+        made = self.source.changes(names, controls, n_cells)
+        found = tracked(made, len(names), "ranking", "perturbations", progress=settings.progress)
         try:
             for name, changes in zip(names, found, strict=True):
                 target = target_genes(self.registry, name)
@@ -282,8 +283,7 @@ class _Run:
                         own = {c: changes[c] for c in scorer.group.contexts if c in changes}
                         held_out.add(name, own, scorer, ~target)
         finally:  # a generator that is left half-way gives torch its threads back
-            if hasattr(found, "close"):
-                found.close()
+            found.close()
         return rows
 
 

@@ -1,7 +1,6 @@
 """What a user sees of a training: one bar per stage, and nothing of Lightning's own talk."""
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
+from scldm_cd4._console import new_bar
 from scldm_cd4.train.plans import StagePlan, n_cells
 
 LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
@@ -46,16 +46,6 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel."""
-    return "ipykernel" in sys.modules and hasattr(sys.modules["builtins"], "__IPYTHON__")
-
-
-def wants_progress(progress: bool | None) -> bool:
-    """Resolve None: a bar on a terminal or in a notebook only."""
-    return (in_notebook() or sys.stderr.isatty()) if progress is None else progress
-
-
 class ProgressBar(pl.Callback):
     """One bar for a stage: cells, loss, cells per second, time left.
 
@@ -74,13 +64,9 @@ class ProgressBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar, where a resumed run left off."""
-        from tqdm.auto import tqdm
-
         if trainer.is_global_zero:
             done = min(self.total, round(self.total * trainer.global_step / max(1, trainer.estimated_stepping_batches)))
-            self.bar = tqdm(
-                total=self.total, initial=done, desc=self.name, unit=" cells", unit_scale=True, mininterval=0.5
-            )
+            self.bar = new_bar(self.total, self.name, "cells", initial=done)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

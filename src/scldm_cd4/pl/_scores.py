@@ -1,0 +1,252 @@
+"""Scores of generated cells, and their quality."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scldm_cd4._errors import DataError
+from scldm_cd4.pl._figure import (
+    COLOURS,
+    GENERATED,
+    GREY,
+    INK,
+    REAL,
+    finish,
+    histograms,
+    new_axes,
+    new_figure,
+    open_sides,
+    plain,
+)
+
+MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
+BEYOND = (-1.5, 1.5)
+"""Scores beyond this are drawn at the edge, with an arrow and their number."""
+
+
+def metric_bars(
+    table: Any,
+    metrics: Sequence[str] | None = None,
+    *,
+    baseline: str = "control",
+    others: Sequence[str] | None = None,
+    intervals: bool = True,
+    seed: int = 0,
+    title: str = "",
+    ax: Any = None,
+    save: str | Path | None = None,
+) -> Any:
+    """Draw scores of generated cells between a baseline (0) and a repeat of the experiment (1), one bar per metric.
+
+    The scores are those of `scldm_cd4.metrics.score`: all values are at the number of cells of the repeat. A metric
+    whose repeat does not beat the baseline clearly is hatched: its score means nothing.
+
+    Parameters
+    ----------
+    table
+        Of `scldm_cd4.metrics.evaluate` or `scldm_cd4.CD4Model.evaluate`, with training cells and ceilings.
+    metrics
+        Those to draw, in this order; by default those of the table that are ranked and have a score.
+    baseline
+        The one at 0.
+    others
+        Baselines to mark beside the bars; by default all in the table, at most 7.
+    intervals
+        Whether to draw 95 % intervals over perturbations and contexts.
+    seed
+        Of the intervals.
+    title
+        Of the plot; say here whether the cells are simulated.
+    ax
+        Axes to draw in; a new figure by default.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    The Axes. Each metric's own value and best direction stand beside its name.
+
+    Raises
+    ------
+    DataError
+        The table has no such baseline, no ceilings, or none of the metrics.
+
+    Examples
+    --------
+    >>> ax = pl.metric_bars(table, ["pearson_delta"], intervals=False, title="SIMULATED")
+    """
+    from scldm_cd4.metrics import score
+
+    scores = score(table, baseline, intervals=intervals, n_boot=200, seed=seed)
+    names = _names(scores, metrics)
+    marks = _others(table, baseline, others)
+    ax = new_axes((6.4, 1.5 + 0.34 * len(names))) if ax is None else ax
+    y = np.arange(len(names))
+    rows = scores.loc[names]
+    value, resolved = rows["score"].to_numpy(dtype=np.float64), rows["is_resolved"].to_numpy(dtype=bool)
+    for chosen, style, label in (
+        (resolved, {"color": GENERATED, "alpha": 0.85}, "generated cells"),
+        (~resolved, {"color": "white", "edgecolor": GREY, "hatch": "////"}, "generated cells, no clear scale"),
+    ):
+        if chosen.any():
+            ax.barh(y[chosen], np.clip(value[chosen], *BEYOND), height=0.62, label=label, zorder=2, **style)
+    if intervals and rows["score_low"].notna().any():
+        low, high = (np.clip(rows[f"score_{side}"].to_numpy(dtype=np.float64), *BEYOND) for side in ("low", "high"))
+        ax.hlines(y, low, high, color=INK, lw=1.2, zorder=4)
+    for i in np.flatnonzero((value < BEYOND[0]) | (value > BEYOND[1])):
+        end, side = (BEYOND[0], "left") if value[i] < 0 else (BEYOND[1], "right")
+        text = f"← {value[i]:.1f}" if side == "left" else f"{value[i]:.1f} →"
+        ax.text(end, y[i], text, ha=side, va="center", fontsize=7.5, color=INK, zorder=5)
+    for (name, place), mark, colour in zip(marks.items(), MARKS, (REAL, *COLOURS[2:], GREY), strict=False):
+        at = place.reindex(names)["score"].to_numpy(dtype=np.float64)
+        inside = (at >= BEYOND[0]) & (at <= BEYOND[1])
+        label = plain(name.replace("_", " "))
+        ax.plot(at[inside], y[inside], mark, ms=5, mfc="white", mec=colour, mew=1.3, ls="", label=label, zorder=3)
+    _frame(ax, rows, names, baseline)
+    ax.set_title(title)
+    return finish(ax, save)
+
+
+def _names(scores: Any, metrics: Sequence[str] | None) -> list[str]:
+    from scldm_cd4.metrics.registry import METRICS, RANKED
+
+    if metrics is not None:
+        names = [metrics] if isinstance(metrics, str) else list(metrics)
+        if absent := [name for name in names if name not in scores.index]:
+            raise DataError(f"the table has no metric {absent[0]!r}; it has {', '.join(map(str, scores.index))}")
+        return names
+    known = scores["score"].notna()
+    ranked = [n for n in scores.index if METRICS[n].ranked and METRICS[n].family in RANKED]
+    if names := [n for n in ranked if known[n]]:
+        return names
+    raise DataError("no metric of the table has a score; evaluate with train= and ceilings=True")
+
+
+def _others(table: Any, baseline: str, others: Sequence[str] | None) -> dict[str, Any]:
+    """Return the scores of other baselines, each in the place of the prediction."""
+    from scldm_cd4.metrics import score
+
+    there = [c.removeprefix("matched_baseline_") for c in table.columns if c.startswith("matched_baseline_")]
+    if others is None:
+        names = [name for name in there if name != baseline and table[f"matched_baseline_{name}"].notna().any()]
+    else:
+        names = list(others)
+        if absent := [name for name in names if name not in there]:
+            raise DataError(f"the table has no baseline {absent[0]!r}; it has {', '.join(there)}")
+    return {
+        name: score(
+            table.assign(value=table[f"baseline_{name}"], matched_value=table[f"matched_baseline_{name}"]), baseline
+        )
+        for name in names[:7]
+    }
+
+
+def _frame(ax: Any, rows: Any, names: Sequence[str], baseline: str) -> None:
+    from scldm_cd4.metrics.registry import METRICS
+
+    def better(name: str) -> str:
+        known = METRICS[name]
+        return f"→ {known.best:g}" if known.direction == "target" else {"higher": "↑", "lower": "↓"}[known.direction]
+
+    low, high = ax.get_xlim()
+    ax.axvline(0, color=INK, lw=0.9, zorder=1)
+    ax.axvline(1, color=REAL, lw=1.2, ls="--", zorder=1)
+    ax.set_yticks(
+        range(len(names)), [f"{name} {better(name)}  {rows['value'][name]:.3g}" for name in names], fontsize=8
+    )
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlim=(min(low, -0.15), max(high, 1.15)), xlabel="score")
+    upper = ax.secondary_xaxis("top")
+    upper.set_xticks([0, 1], [plain(f"baseline: {baseline}", 40), "repeat of the\nexperiment"], fontsize=8)
+    upper.tick_params(length=0)
+    upper.spines["top"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    open_sides(ax)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def qc(
+    real: Any,
+    generated: Any,
+    *,
+    layer: str | None = None,
+    title: str = "",
+    seed: int = 0,
+    save: str | Path | None = None,
+) -> Any:
+    """Draw counts and genes per cell and the share of zeros of each gene, of equally many real and generated cells.
+
+    Parameters
+    ----------
+    real
+        AnnData of raw counts of the conditions that were generated.
+    generated
+        Generated cells with ``output="counts"`` and the same genes in any order.
+    layer
+        Layer of `real` with the counts; None for ``X``.
+    title
+        Of the figure; say here whether the cells are simulated.
+    seed
+        Of the choice of cells where one side has more.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    The Figure, of three panels.
+
+    Raises
+    ------
+    DataError
+        Values are no counts, or there are no cells.
+    GeneMismatchError
+        The genes differ.
+
+    Examples
+    --------
+    >>> figure = pl.qc(real, cells, title="SIMULATED")
+    """
+    from scldm_cd4.metrics._samples import common_genes
+
+    genes = common_genes({"real": real, "generated": generated})
+    n = min(real.n_obs, generated.n_obs)
+    if n < 1:
+        raise DataError("there are no cells to draw")
+    rng = np.random.default_rng([seed, 5])
+    sides = [
+        _counts(adata, genes, np.sort(rng.permutation(adata.n_obs)[:n]), where, what)
+        for adata, where, what in ((real, layer, "real"), (generated, None, "generated"))
+    ]
+    figure = new_figure((12.0, 3.7))
+    library, expressed, zeros = figure.subplots(1, 3)
+    histograms(library, *(np.asarray(x.sum(axis=1)).ravel() for x in sides), "counts per cell", log=True)
+    histograms(expressed, *(np.asarray((x > 0).sum(axis=1)).ravel() for x in sides), "genes per cell", log=False)
+    shares = [1.0 - np.asarray((x > 0).sum(axis=0)).ravel() / n for x in sides]
+    zeros.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
+    zeros.scatter(*shares, s=12, c=REAL, alpha=0.5, linewidths=0, rasterized=True)
+    zeros.set(
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+        aspect="equal",
+        xlabel="share of zeros, real",
+        ylabel="share of zeros, generated",
+    )
+    zeros.set_title(
+        f"zeros of each gene, mean {shares[0].mean():.1%} real,\n{shares[1].mean():.1%} generated", fontsize=9.5
+    )
+    for ax in (library, expressed, zeros):
+        open_sides(ax)
+    figure.suptitle(f"{title}, {n} cells each" if title else f"{n} cells each")
+    return finish(figure, save)
+
+
+def _counts(adata: Any, genes: np.ndarray, rows: np.ndarray, layer: str | None, what: str) -> Any:
+    """Return the counts of some cells, CSR, genes in the order of the names."""
+    from scldm_cd4.data.matrix import RowReader, check_block
+
+    position = {str(name): i for i, name in enumerate(adata.var_names)}
+    reader = RowReader(adata, layer)
+    block = reader.read(rows)
+    check_block(block, 0, f"{reader.where} of the {what} cells", adata.obs_names[rows], adata.var_names)
+    return block[:, [position[str(name)] for name in genes]]
