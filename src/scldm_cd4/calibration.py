@@ -121,8 +121,9 @@ class _Fit:
         return self.weights[0] + (np.clip(features, self.low, self.high) - self.centre) / self.scale @ self.weights[1:]
 
     def calibration(self, sd: float) -> Calibration:
-        values = (tuple(v.tolist()) for v in (self.centre, self.scale, self.low, self.high, self.weights))
-        return Calibration(*values, sd=sd, facts=self.facts)
+        values = [tuple(map(float, v)) for v in (self.centre, self.scale, self.low, self.high, self.weights)]
+        centre, scale, low, high, weights = values
+        return Calibration(centre, scale, low, high, weights, sd, self.facts)
 
 
 def _ridge(features: Array, z: Array, facts: dict[str, Any]) -> _Fit:

@@ -126,7 +126,7 @@ def extend(
         )
         with torch.no_grad():
             for role, table in tables.items():
-                new.dit.class_embeddings[role].weight.copy_(table)
+                _table(new.dit, role).copy_(table)
         if new.vae.config.label_rank:
             codes = {role: registry_codes(registry, role, labels) for role, labels in levels.items()}
             trained = {role: _trained_codes(state.registry, role) for role in levels}
@@ -186,9 +186,15 @@ def _trained_codes(registry: Registry, role: str) -> list[int]:
     return [code for code, level in enumerate(getattr(registry, role).levels) if level not in untrained]
 
 
+def _table(dit: DiT, role: str) -> Tensor:
+    tables: Any = dit.class_embeddings
+    weight: Tensor = tables[role].weight
+    return weight
+
+
 def _prior(state: State, role: str) -> Prior:
     assert state.dit is not None
-    known = state.dit.class_embeddings[role].weight.detach()[_trained_codes(state.registry, role)]
+    known = _table(state.dit, role).detach()[_trained_codes(state.registry, role)]
     sd = float(known.std(0, unbiased=True).square().mean().sqrt()) if len(known) > 1 else 0.0
     return Prior(known.mean(0), sd or state.config.flow.label_std, len(known))
 
@@ -251,7 +257,7 @@ def fit_embeddings(
     -------
     The whole table of each role, fitted rows in place.
     """
-    tables = {role: dit.class_embeddings[role].weight.detach() for role in rows}
+    tables = {role: _table(dit, role).detach() for role in rows}
     steps = {role: torch.zeros_like(tables[role][codes]).requires_grad_(True) for role, (codes, _) in rows.items()}
     penalties = {
         role: torch.stack([PRIOR_CELLS / (labels[:, ROLES.index(role)] == c).sum().clamp(min=1) for c in codes])

@@ -115,7 +115,8 @@ class Familiarity:
             kept, measures = values["kept"].numpy(), values["measures"].numpy()
             if kept.ndim != 2 or kept.shape[1] != width or len(measures) != 3 or not np.isfinite(measures).all():
                 raise ValueError(f"shapes {kept.shape} and {measures.shape} for latents of width {width}")
-            return cls(kept, *measures, held_out=bool(values["held_out"][0]))
+            distance, nll, library = measures
+            return cls(kept, distance, nll, library, held_out=bool(values["held_out"][0]))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise CheckpointError(f"what the model keeps of its training cells is damaged: {error}") from error
 
