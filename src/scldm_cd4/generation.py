@@ -179,7 +179,6 @@ def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[
         "device": str(next(trained.dit.parameters()).device),
         "torch_version": str(torch.__version__),
         "size_factors": kind,
-        "unseen": sampling.unseen if trained.vae.config.transfer else "model",
     }
     return {"scldm_cd4": facts}
 
