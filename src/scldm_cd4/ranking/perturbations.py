@@ -73,6 +73,8 @@ def rank(
         The cells of the model, which some targets and observed effects need.
     workers
         Threads that generate; None goes by the machine.
+    engine
+        Who generates; None is this process.
 
     Returns
     -------
