@@ -27,7 +27,7 @@ N_GENES, EXPRESSED = 3_699, 400
 PIECE = 20_000
 KEYS = {"perturbation_key": "perturbation", "donor_key": "donor", "control": "P0"}
 SMALL = {
-    "vae": {"width": 16, "n_tokens": 4, "n_channels": 4, "n_heads": 2, "n_cross_heads": 2},
+    "vae": {"width": 16, "n_tokens": 4, "n_channels": 4, "n_heads": 2, "n_cross_heads": 2, "label_rank": 0},
     "flow": {"width": 16, "n_layers": 1, "n_heads": 2},
 }
 

@@ -78,7 +78,8 @@ def main() -> None:
         callbacks=[] if options.kill is None else [Kill(options.kill)],
     )
     if os.environ.get("RANK", "0") == "0":
-        save_file({k: v.contiguous() for k, v in model._state.tensors().items()}, options.out / "weights.safetensors")
+        weights = {k: v.contiguous() for k, v in model._state.tensors().items() if k.startswith(("vae.", "dit."))}
+        save_file(weights, options.out / "weights.safetensors")
         model.history_["vae"].join(model.history_["flow"], rsuffix="_flow").to_csv(options.out / "history.csv")
 
 

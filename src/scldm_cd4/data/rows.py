@@ -274,7 +274,7 @@ def _slow(array: Any, rows_per_chunk: float) -> str:
     if getattr(array, "compression", None) not in ("gzip", "szip"):  # of HDF5; lzf and the codecs of zarr are quick
         return ""
     return (
-        f"the matrix is compressed with {array.compression}, about {max(1, round(rows_per_chunk))} cells to a chunk, which "
-        "is unpacked as a whole: blocks of cells are read at about half the speed, single cells some 20 times slower. "
+        f"the matrix is compressed with {array.compression}, about {max(1, round(rows_per_chunk))} cells to a chunk, "
+        "unpacked as a whole: blocks of cells are read at about half the speed, single cells some 20 times slower. "
         "Write the file again without: h5repack -f NONE IN.h5ad OUT.h5ad (of HDF5), or write_h5ad without compression="
     )
