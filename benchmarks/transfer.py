@@ -5,8 +5,8 @@ each of them and each seed, and kept in a folder, so that several ways to genera
 
     python benchmarks/transfer.py --models models --seeds 0 1 2 --out transfer.json
 
-``--development`` takes other hold-outs, for choices that must not be made on the named ones. The data files are not part
-of the project; ``--shared`` names the folder that holds ``data/``.
+``--development`` takes other hold-outs, for choices that must not be made on the named ones. The data files are not
+part of the project; ``--shared`` names the folder that holds ``data/``.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def standard_errors(
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
-    """Average the conditions of a hold-out; an undefined value of a scored family counts as nothing found."""
+    """Average the conditions of a hold-out where they are defined."""
     values = [c for c in table if c in ("value", "ceiling", "matched_value") or c.startswith("baseline_")]
     return table.groupby("metric", sort=False)[values].mean()
 
