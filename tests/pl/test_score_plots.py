@@ -86,7 +86,7 @@ def test_volcano_of_cells_and_of_tables(generated: Any, real: Any) -> None:
         pl.de_volcano(generated)
     with pytest.raises(DataError, match="generate both"):
         pl.de_volcano(generated, perturbation="B")
-    with pytest.raises(DataError, match="control is not known"):
+    with pytest.raises(DataError, match="is not known"):
         pl.de_volcano(real, perturbation="A")
 
 
