@@ -27,6 +27,7 @@ NO_EXAMPLE = {
 
 def _public() -> dict[str, Any]:
     found: dict[str, Any] = {"CD4Model": CD4Model, "settings": type(scldm_cd4.settings), "flow.guided": flow.guided}
+    found["open_cells"] = scldm_cd4.open_cells
     found |= {"data.splits.make_split": splits.make_split, "data.splits.Split": splits.Split}
     found |= {
         f"CD4Model.{name}": getattr(CD4Model, name)

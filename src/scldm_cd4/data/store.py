@@ -111,9 +111,11 @@ def open_cells(paths: Any, *, join: str | None = None) -> CellStore:
 
     Examples
     --------
-    >>> cells = open_cells(["donor1.h5ad", "donor2.h5ad"])
-    >>> CD4Model.setup_anndata(cells, perturbation_key="perturbation", donor_key="donor", control="NTC")
-    >>> model = CD4Model(cells)
+    >>> adata.write_h5ad("cells.h5ad")
+    >>> cells = scldm_cd4.open_cells("cells.h5ad")
+    >>> CD4Model.setup_anndata(cells, perturbation_key="perturbation", donor_key="donor_id", control="NTC")
+    >>> cells.shape == adata.shape
+    True
     """
     if join not in (None, "inner"):
         raise DataError(f"join takes None or 'inner', got {join!r}")
