@@ -432,6 +432,7 @@ def test_products_are_made_as_asked_inside_a_training_only(job, monkeypatch):
     assert torch.get_float32_matmul_precision() == before
     with pytest.raises(DataError, match="tf32.*CUDA"):
         train(job, precision="tf32")
+    job.config = replace(job.config, vae=replace(job.config.vae, linear_rank=4))
     _, result = train(job, precision="bf16", max_epochs=1)
     assert np.isfinite(result.history["flow"]["train_loss"]).all()
     assert all(value.dtype == torch.float32 for value in result.online.values())

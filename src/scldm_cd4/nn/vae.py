@@ -342,7 +342,7 @@ class VAE(nn.Module):
         genes = genes[None] if genes.ndim == 1 else genes
         table = self.input_layer.gene_embedding if self.config.shared_embedding else self.decoder.gene_embedding
         with torch.autocast(z.device.type, enabled=False):  # logits in bf16 would move means by percents
-            direct = self._direct_logits(z, genes, labels)
+            direct = self._direct_logits(z.to(torch.promote_types(z.dtype, torch.float32)), genes, labels)
         cross, head = self.decoder.decoder_cross_attention, self.decoder_head
         if torch.is_grad_enabled() or len(genes) > 1 or not folds(cross, self.config.n_tokens):
             return head(self.decoder(z, table(genes)), genes, library, direct)
