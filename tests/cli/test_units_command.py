@@ -17,6 +17,7 @@ from scldm_cd4.cli import main
 from scldm_cd4.planning import STATES
 
 ASK = ("--perturbation", "NTC", "--n-cells", 50, "--seed", 0, "--batch-size", 64, "--solver", "euler", "--n-steps", 1)
+ASK += ("--size-factor", 100)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ ASK: dict[str, Any] = {
     "batch_size": 64,
     "solver": "euler",
     "n_steps": 1,
+    "size_factors": 100.0,
 }
 N_UNITS = 4
 """Of 2 donors x 2 time points x 50 cells, 64 to a unit."""
@@ -96,7 +97,7 @@ def test_there_is_no_unit_beyond_the_last() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"size_factors": None, "n_cells": 20},
         {"output": "latent"},
         {"output": "mean", "guidance": 0.0},
         {"output": "lognorm", "genes": "two", "size_factors": "each"},
