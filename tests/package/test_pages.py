@@ -56,3 +56,17 @@ def test_links_between_files_lead_somewhere():
     for path in PAGES:
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}, which is not there"
+
+
+def test_every_page_is_in_a_table_of_contents():
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    pages = [page for page in pages if "_build" not in page.parts and page.name != "index.md"]
+    listed = [
+        (toctree.parent / line).resolve()
+        for toctree in (ROOT / "docs").rglob("index.md")
+        for block in re.findall(r"^```{toctree}\n(.*?)^```", toctree.read_text(encoding="utf-8"), re.M | re.S)
+        for line in block.splitlines()
+        if line and not line.startswith(":")
+    ]
+    assert len(listed) == len(set(listed)), "a page is listed twice"
+    assert [page.name for page in pages if page.with_suffix("").resolve() not in listed] == []
