@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def control_errors(cells: ad.AnnData, real: ad.AnnData, case: Case, projection: 
 def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Score all ways to know the new donor."""
     case = load(name, options.shared)
+    case = case if options.preset is None else replace(case, preset=options.preset)
     others, perturbed = case.rows(new=False), case.rows(new=True, control=False)
     controls = np.random.default_rng(0).permutation(case.rows(new=True, control=True))
     query, rest = controls[: max(NUMBERS)], controls[max(NUMBERS) :]
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", choices=["kang", "simulated"], nargs="+", default=["kang", "simulated"])
     parser.add_argument("--models", type=Path, required=True, help="folder for trained models, taken if there")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default=None, help="small for kang and tiny for the simulated cells by default")
     parser.add_argument("--no-retraining", action="store_true", help="leave out the model trained with the query cells")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder that holds data/")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the table")
