@@ -220,8 +220,9 @@ def qc(
     ]
     figure = new_figure((12.0, 3.7))
     library, expressed, zeros = figure.subplots(1, 3)
-    histograms(library, *(np.asarray(x.sum(axis=1)).ravel() for x in sides), "counts per cell", log=True)
-    histograms(expressed, *(np.asarray((x > 0).sum(axis=1)).ravel() for x in sides), "genes per cell", log=False)
+    totals, genes_seen = ([np.asarray(x.sum(axis=1)).ravel() for x in part] for part in (sides, [x > 0 for x in sides]))
+    histograms(library, totals[0], totals[1], "counts per cell", log=True)
+    histograms(expressed, genes_seen[0], genes_seen[1], "genes per cell", log=False)
     shares = [1.0 - np.asarray((x > 0).sum(axis=0)).ravel() / n for x in sides]
     zeros.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
     zeros.scatter(*shares, s=12, c=REAL, alpha=0.5, linewidths=0, rasterized=True)
