@@ -49,8 +49,9 @@ def setup_mudata(
 
     Examples
     --------
-    >>> from mudata import MuData
-    >>> mdata = MuData({"rna": adata})
+    >>> import mudata
+    >>> with mudata.set_options(pull_on_update=False):
+    ...     mdata = mudata.MuData({"rna": adata})
     >>> where = dict.fromkeys(["layer", "perturbation_key", "donor_key"], "rna")
     >>> keys = {"perturbation_key": "perturbation", "donor_key": "donor_id"}
     >>> CD4Model.setup_mudata(mdata, **keys, control="NTC", modalities=where)
