@@ -118,6 +118,7 @@ def test_sections_equal_the_signature(name: str):
     assert not missing, f"{name} raises {missing} and does not say so"
 
 
+@pytest.mark.filterwarnings("ignore:From 0.4 .update:FutureWarning")  # of mudata, about its own coming default
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in NO_EXAMPLE])
 def test_example_runs(name: str, names: dict[str, Any], here: Path):
     lines = sections(PUBLIC[name]).get("Examples", [])
