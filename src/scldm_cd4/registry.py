@@ -265,10 +265,16 @@ class Registry:
                 counts.setdefault(perturbation, {}).setdefault(donor, {}).update(by_time)
         known = self.size_factors
         if known is not None:
-            donor, timepoint = labels[:, 0], labels[:, 1]
-            names = {"donors": self.donor.levels, "timepoints": self.timepoint.levels}
-            shifts = {"perturbation": labels[:, 2], "perturbations": self.perturbation.levels}
-            own = SizeFactors.fit(np.log(library), donor, timepoint, **names, **shifts, shifts=known.perturbations)
+            own = SizeFactors.fit(
+                np.log(library),
+                labels[:, 0],
+                labels[:, 1],
+                donors=self.donor.levels,
+                timepoints=self.timepoint.levels,
+                perturbation=labels[:, 2],
+                perturbations=self.perturbation.levels,
+                shifts=known.perturbations,
+            )
             known = known.with_contexts(own)
         return replace(self, size_factors=known, train_counts=counts if self.train_counts else {})
 

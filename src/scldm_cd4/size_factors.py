@@ -313,7 +313,9 @@ def estimate_shifts(
         kurtosis = float(np.mean(np.square(spread))) / variance**2
         ratio = (_group_means(spread, perturbation, len(n))[some] + FLOOR * variance) / ((1 + FLOOR) * variance)
         log_scale[some] = _shrunk(0.5 * np.log(ratio), max(kurtosis - 1, 1e-9) / (4 * n[some]))
-    return {labels[p]: LibraryShift(float(shift[p]), float(np.exp(log_scale[p]))) for p in np.flatnonzero(some)}
+    return {
+        labels[p]: LibraryShift(float(shift[p]), float(np.exp(log_scale[p]))) for p in np.flatnonzero(some).tolist()
+    }
 
 
 def _shrunk(values: np.ndarray, noise: np.ndarray) -> np.ndarray:
