@@ -242,7 +242,7 @@ class Registry:
         DataError
             A label is not of the kind of its column.
         """
-        changed = {}
+        changed: dict[str, Any] = {}
         for role, labels in levels.items():
             old: Attribute = getattr(self, role)
             changed[role] = replace(old, levels=(*old.levels, *(x for x in labels if x not in old.levels)))

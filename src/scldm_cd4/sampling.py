@@ -37,8 +37,8 @@ TARGET_SUM = 1e4
 CPU_BATCH, GPU_BATCH = 128, 1024
 """Cells of a work unit."""
 N_STEPS, CAREFUL_STEPS = 6, 10
-"""Steps of the flow: for models trained here (docs/performance.md has the errors); and where none were measured, which is
-for imported weights, or where cells are carried to noise and back, which shows smaller errors."""
+"""Steps of the flow: for models trained here (docs/performance.md has the errors); and where none were measured, which
+is for imported weights, or where cells are carried to noise and back, which shows smaller errors."""
 CPU_DECODED = 16
 """Rows of a pass through the decoder on a CPU, at most: values of all genes are large and should stay in the caches."""
 
@@ -312,7 +312,8 @@ def resolve_library(registry: Registry, requests: Sequence[Request], size_factor
                 f"size_factors takes None, 'context', a number or one number per cell, got {size_factors!r}"
             )
         known = size_factors_of(registry)
-        typical = [known.sample(*r.labels[:2], np.array([0.5]), r.labels[2])[0] for r in requests]
+        labels = (request.labels for request in requests)
+        typical = [known.sample(d, t, np.array([0.5]), p)[0] for d, t, p in labels]
         return np.repeat(np.array(typical), numbers)
     return given_library(size_factors, sum(numbers))
 

@@ -22,7 +22,7 @@ def encode(options: argparse.Namespace) -> str:
         check_free(options.out, options.overwrite, (".npy", ".csv", ".h5ad"))
     model = CD4Model.from_pretrained(options.model, device=options.device)
     copied = options.out is not None and options.out.suffix == ".h5ad"
-    adata = open_h5ad(options.data) if copied else open_cells(options.data)
+    adata: Any = open_h5ad(options.data) if copied else open_cells(options.data)
     say(f"embedding {adata.n_obs} cells ...")
     how = {"batch_size": options.batch_size, "allow_missing": options.allow_missing}
     if options.out is not None and options.out.suffix == ".npy":

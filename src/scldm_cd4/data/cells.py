@@ -225,9 +225,7 @@ class CellData:
         where, genes = self._reader.where, self.registry.genes
         for rows, block in self._reader.chunks():
             try:
-                self.totals[rows] = check_block(
-                    self._to_model(block), rows.start, where, lambda: self.obs_names, genes
-                )
+                self.totals[rows] = check_block(self._to_model(block), rows.start, where, lambda: self.obs_names, genes)
             except DataError as error:
                 raise DataError(f"{error}{counts_hint(adata, keys['layer'])}") from None
         refuse_empty_cells(self.totals, where)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EXPLICIT_ATTENTION_KEYS = 16
-"""On a CPU, attention over at most this many keys is written out: up to 3.7 times as fast as the fused kernel on one CPU,
-as fast on another (docs/performance.md); over more keys the fused kernel was ahead."""
+"""On a CPU, attention over at most this many keys is written out: up to 3.7 times as fast as the fused kernel on one
+CPU, as fast on another (docs/performance.md); over more keys the fused kernel was ahead."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
