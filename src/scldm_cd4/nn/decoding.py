@@ -1,8 +1,8 @@
 """The last block of the decoder for many cells and all genes at once, without gradients.
 
 The queries are the genes, the same for every cell, and of the output of the block only a projection to one or two
-numbers per gene is needed. The output projection of the attention is applied to the values, of which there are few, and that of
-the head to the last weights of the MLP; sums are taken in another order, no term is left out.
+numbers per gene is needed. The output projection of the attention is applied to the values, of which there are few,
+and that of the head to the last weights of the MLP; sums are taken in another order, no term is left out.
 
 Shapes: B cells, S latent tokens, G genes, E width, H heads, d = E / H, F hidden width of the MLP, P numbers per gene.
 """
