@@ -6,43 +6,15 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from scldm_cd4._base import resolve_seed
+from scldm_cd4._base import ModelBase, resolve_seed
 from scldm_cd4._errors import DataError
-from scldm_cd4._state import State
-from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.embedding import as_rows
 from scldm_cd4.familiarity import Familiarity
-from scldm_cd4.nn import VAE
 
 
-class QueryMethods:
+class QueryMethods(ModelBase):
     """New donors and time points from a few cells."""
-
-    adata: Any
-    mdata: Any
-    device: Any
-    _state: State
-
-    def _start(self, state: State, adata: Any, device: Any) -> None:
-        raise NotImplementedError
-
-    def _trained(self) -> Any:
-        raise NotImplementedError
-
-    def _vae(self) -> VAE:
-        raise NotImplementedError
-
-    def _adata(self, adata: Any) -> Any:
-        raise NotImplementedError
-
-    def _cells(self, adata: Any, *, decoded: bool = False, allow_missing: bool = False) -> CellData:
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, dir_path: str | Path, adata: Any = None, *, device: Any = None) -> Self:
-        """Read a model from a folder."""
-        raise NotImplementedError
 
     def extend(self, adata: Any = None, *, donor: Any = None, timepoint: Any = None, seed: int | None = None) -> Self:
         """Give a model that also knows a new donor or time point, fitted to a few cells of it.
