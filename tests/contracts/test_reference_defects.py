@@ -102,17 +102,17 @@ def test_p5_cells_are_encoded_as_often_for_many_epochs_as_for_one(
     simulated: Any, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P5: the frozen encoder is not run in each step of the flow."""
-    from scldm_cd4.nn import VAE
+    from scldm_cd4.train.latents import CellEncoder
 
     model = CD4Model(simulated, "tiny", **quick)
     model.train(seed=0, max_epochs=1, stage="vae")
-    encode, rows = VAE.encode, []
+    encode, rows = CellEncoder.__call__, []
 
-    def spy(self: Any, counts: Any, genes: Any) -> Any:
-        rows.append(len(counts))
-        return encode(self, counts, genes)
+    def spy(self: Any, batch: Any) -> Any:
+        rows.append(len(batch["counts"]))
+        return encode(self, batch)
 
-    monkeypatch.setattr(VAE, "encode", spy)
+    monkeypatch.setattr(CellEncoder, "__call__", spy)
     seen = []
     for epochs in (1, 4):
         rows.clear()

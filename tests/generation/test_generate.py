@@ -269,9 +269,9 @@ def test_p7_library_sizes_are_drawn_by_block(trained: Any, monkeypatch: pytest.M
     calls: list[int] = []
     sample = SizeFactors.sample
 
-    def spy(self: Any, donor: Any, timepoint: Any, uniform: Any) -> Any:
+    def spy(self: Any, donor: Any, timepoint: Any, uniform: Any, perturbation: Any) -> Any:
         calls.append(len(uniform))
-        return sample(self, donor, timepoint, uniform)
+        return sample(self, donor, timepoint, uniform, perturbation)
 
     monkeypatch.setattr(SizeFactors, "sample", spy)
     trained.generate("NTC", DONORS[0], "Rest", n_cells=300, seed=0, output="latent")
