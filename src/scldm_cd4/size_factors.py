@@ -139,13 +139,17 @@ class SizeFactors:
         if not len(log_library) or not np.all(np.isfinite(log_library)):
             raise DataError("size factors need at least one cell, and library sizes that are positive and finite")
         if perturbation is not None:
-            context = np.unique(np.stack([donor, timepoint]), axis=1, return_inverse=True)[1].ravel()
+            context = donor * len(timepoints) + timepoint
+            context = (np.cumsum(np.bincount(context) > 0, dtype=np.int32) - 1)[context]  # those with cells, numbered
             if shifts is None:
                 shifts = estimate_shifts(log_library, context, perturbation, perturbations)
             known = [shifts.get(label, LibraryShift()) for label in perturbations]
-            shift, scale = (np.array([getattr(s, name) for s in known])[perturbation] for name in ("shift", "scale"))
-            centre = _group_means(log_library - shift, context)[context]
-            log_library = centre + (log_library - centre - shift) / scale
+            shift, scale = (np.array([getattr(s, name) for s in known]) for name in ("shift", "scale"))
+            centre = _group_means(log_library - shift[perturbation], context)
+            log_library = log_library - centre[context]  # in place from here: a step has one temporary of all cells
+            log_library -= shift[perturbation]
+            log_library /= scale[perturbation]
+            log_library += centre[context]
         contexts: dict[str, dict[str, LibraryStats]] = {}
         by_time = {}
         for t in np.unique(timepoint).tolist():
@@ -303,11 +307,13 @@ def estimate_shifts(
     n = np.bincount(perturbation, minlength=len(labels)).astype(np.float64)
     some, shift = n > 0, np.zeros(len(labels))
     for _ in range(N_ITERATIONS):
-        residual = log_library - _group_means(log_library - shift[perturbation], context)[context]
+        means = _group_means(log_library - shift[perturbation], context)
+        residual = log_library - means[context]
         variance = float(np.var(residual - shift[perturbation]))
         shift[some] = _shrunk(_group_means(residual, perturbation, len(n))[some], variance / n[some])
         shift[some] -= np.average(shift[some], weights=n[some])
-    spread = np.square(residual - shift[perturbation])
+    residual -= shift[perturbation]
+    spread = np.square(residual, out=residual)
     log_scale = np.zeros(len(labels))
     if variance > 0:
         kurtosis = float(np.mean(np.square(spread))) / variance**2

@@ -112,37 +112,45 @@ def _from_dict(
             parts[held] = PARTS.index("test")
             spec["kind"] = "hold_out"
     generator = np.random.default_rng(seed)
-    labels = _labels(cells)
     for name in ("test", "validation"):
-        free = np.flatnonzero(parts == 0)
         # a share of all cells of a condition, so that validation does not depend on how many were taken for test
         rate = shares[name] / (1 - shares["test"]) if name == "validation" else shares[name]
         if rate >= 1:
             raise DataError(f"the shares of test and validation leave nothing for training: {shares}")
-        parts[free[_stratified(labels[free], rate, generator, name)]] = PARTS.index(name)
+        if rate and (parts == 0).any():
+            free = np.flatnonzero(parts == 0)
+            parts[free[_stratified(_conditions(cells)[free], rate, generator, name)]] = PARTS.index(name)
     return parts, spec
 
 
-def _stratified(labels: np.ndarray, share: float, generator: np.random.Generator, name: str) -> np.ndarray:
+def _conditions(cells: CellData) -> np.ndarray:
+    """Return a number for the condition of each cell, in the order of their codes; of few bytes for many cells."""
+    sizes = cells.registry.vocabulary
+    numbers: np.ndarray = np.zeros(cells.n_cells, dtype=np.int32 if np.prod(sizes, dtype=float) < 2**31 else np.int64)
+    for codes, size in zip(_labels(cells).T, sizes, strict=True):
+        numbers *= size
+        numbers += codes.astype(numbers.dtype)
+    return numbers
+
+
+def _stratified(conditions: np.ndarray, share: float, generator: np.random.Generator, name: str) -> np.ndarray:
     """Return which cells are drawn: ``floor(share * n)`` of every condition, but at least one cell if share > 0."""
-    if share == 0 or not len(labels):
-        return np.zeros(0, dtype=np.int64)
-    keys = np.ravel_multi_index(tuple(labels.T), tuple(labels.max(axis=0) + 1))
-    _, condition, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-    order = generator.permutation(len(labels))
-    order = order[np.argsort(condition[order], kind="stable")]  # conditions in turn, random within
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    take = np.minimum(np.floor(share * sizes + 1e-9), sizes - 1)  # 1e-9: 0.1 * 10 cells are one cell
-    chosen = order[rank < np.repeat(take, sizes)]
-    if len(chosen):
-        return chosen
+    n = len(conditions)
+    order = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
+    generator.shuffle(order)
+    order = order[np.argsort(conditions[order], kind="stable")]  # conditions in turn, random within
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(conditions[order])) + 1])
+    sizes = np.diff(starts, append=n)
+    take = np.minimum(np.floor(share * sizes + 1e-9), sizes - 1).astype(np.int64)  # 1e-9: 0.1 * 10 cells are one cell
+    if taken := take.sum():
+        return order[np.arange(taken) + np.repeat(starts - np.cumsum(take) + take, take)]
     if sizes.max() < 2:
         raise DataError(
             f"no condition has two cells or more, so none can be spared for {name}: give more cells per condition, or "
-            f"set {name} to 0 to train on all {len(labels)} cells"
+            f"set {name} to 0 to train on all {n} cells"
         )
-    wanted = max(1, int(share * len(labels)))  # all conditions are small: one cell each of some of the larger ones
-    first = order[(rank == 0) & (np.repeat(sizes, sizes) >= 2)]
+    wanted = max(1, int(share * n))  # all conditions are small: one cell each of some of the larger ones
+    first = order[starts[sizes >= 2]]
     return generator.permutation(first)[:wanted]
 
 
@@ -206,7 +214,8 @@ def _from_labels(cells: CellData, split: Any) -> tuple[np.ndarray, dict[str, Any
 def _untrained(registry: Registry, labels: np.ndarray, train: np.ndarray) -> dict[str, list[str]]:
     out = {}
     for position, attribute in enumerate(registry.attributes):
-        lost = np.setdiff1d(labels[:, position], labels[train, position])
+        n_cells = np.bincount(labels[:, position], minlength=len(attribute))
+        lost = np.flatnonzero((n_cells > 0) & (np.bincount(labels[train, position], minlength=len(attribute)) == 0))
         if len(lost):
             out[attribute.role] = attribute.decode(lost).tolist()
             warnings.warn(

@@ -162,7 +162,7 @@ class CountBatches(Dataset[Batch]):
 
 
 class LatentBatches(Dataset[Batch]):
-    """Cached latents (n, S, L) with their labels (n, 3).
+    """Cached latents (n, S, L) with their labels (n, 3), of any integer dtype; items have int64.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ class LatentBatches(Dataset[Batch]):
     def __getitem__(self, item: NDArray[np.int64] | Draw) -> Batch:
         draw = item if isinstance(item, Draw) else Draw(item)
         index = torch.from_numpy(draw.positions)
-        return {"latent": self.latents[index], "labels": self.labels[index]} | _of_all(draw)
+        return {"latent": self.latents[index], "labels": self.labels[index].long()} | _of_all(draw)
 
 
 def _of_all(draw: Draw) -> Batch:

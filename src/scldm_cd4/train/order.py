@@ -139,11 +139,13 @@ class EpochSampler(Sampler[Any]):
             for first in range(0, len(self), self.group):
                 generator.shuffle(order[ends[first] : ends[min(first + self.group, len(self))]])
             return order
-        order = np.arange(self.n)
+        order = np.arange(self.n, dtype=np.int32 if self.n < 2**31 else np.int64)
         if self.ends is not None:
-            places = np.searchsorted(self.ends, np.arange(self.n) + generator.random(), side="right")
-            order = np.minimum(places, self.n - 1)  # the last end may lie below n by rounding
-        return np.resize(generator.permutation(order), ends[-1])
+            places = np.searchsorted(self.ends, order + generator.random(), side="right")
+            order[:] = np.minimum(places, self.n - 1, out=places)  # the last end may lie below n by rounding
+            del places
+        generator.shuffle(order)
+        return order if ends[-1] == self.n else np.resize(order, ends[-1])
 
     def _share(self, batch: NDArray[np.integer]) -> Draw:
         """Return this process's stretch: what it reads then lies together, over all batches of a group too."""

@@ -261,15 +261,16 @@ class _Job:
 
     def train_flow(self, dit_factory: Callable[[], DiT]) -> None:
         """Encode all cells once and train the flow on their latents."""
-        if self.cells.labels is None:
+        if (labels := self.cells.labels) is None:
             raise DataError("the flow stage needs labels: build the cells with labels=True")
         config: StageConfig = self.settings["config"]["flow"]
         with isolated_rng(key_seed(self.seed, 20)):
             dit = dit_factory()
-        labels = torch.as_tensor(self.cells.labels)
         parts = [self._latents(rows, name) for name, rows in (("train", self.split.train), ("held_out", self.held_out))]
         train, held_out = (
-            LatentBatches(z, labels[torch.from_numpy(rows)], balance=config.balance) if z is not None else None
+            LatentBatches(z, torch.from_numpy(labels[rows].astype(np.int32)), balance=config.balance)
+            if z is not None
+            else None
             for z, rows in zip(parts, (self.split.train, self.held_out), strict=True)
         )
         plan = FlowPlan(dit, config, key_seed(self.seed, 21))
