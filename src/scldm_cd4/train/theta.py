@@ -14,6 +14,8 @@ from scldm_cd4.train.loaders import CountBatches
 
 BOUNDS = (1e-3, 1e4)
 """Range of fitted dispersions; the upper end is Poisson for all that matters."""
+SCALES = (-3.0, 3.0)
+"""Range of the logarithm of the factor that held-out cells give to all of them."""
 MAX_CELLS = 5_000
 MAX_VALUES = 15_000_000
 """Cells times genes that a fit looks at."""
@@ -113,8 +115,9 @@ def refit_theta(
     generator
         Draws the sample.
     held_out
-        Cells not trained on; dispersions that make them less likely are not taken, as where few cells were learned by
-        heart.
+        Cells not trained on. Means of cells that were learned too well lie too near to their counts, which makes
+        dispersions too small: all are scaled by the one factor that makes these cells most likely, and are not taken
+        where those of training make them more likely still.
 
     Returns
     -------
@@ -124,20 +127,28 @@ def refit_theta(
     table = getattr(head, "theta", getattr(head, "theta_embed", None))
     if table is None:
         return False
-    x, mu = _targets_and_means(vae, data.take(sample_rows(np.arange(len(data)), vae.n_genes, generator)))
-    before = table.weight.detach().clone()
-    set_theta(vae, fit_theta(x, mu))
-    if held_out is not None:
-        x, mu = _targets_and_means(vae, held_out.take(sample_rows(np.arange(len(held_out)), vae.n_genes, generator)))
-        after = table.weight.detach().clone()
-        new = _log_likelihood(vae, x, mu)
-        with torch.no_grad():
-            table.weight.copy_(before)
-        if _log_likelihood(vae, x, mu) > new:
-            return False
-        with torch.no_grad():
-            table.weight.copy_(after)
-    return True
+    theta = fit_theta(*_targets_and_means(vae, data.take(sample_rows(np.arange(len(data)), vae.n_genes, generator))))
+    if held_out is None:
+        return set_theta(vae, theta)
+    x, mu = _targets_and_means(vae, held_out.take(sample_rows(np.arange(len(held_out)), vae.n_genes, generator)))
+    before, likelihood = table.weight.detach().clone(), _log_likelihood(vae, x, mu)
+    set_theta(vae, theta * _best_scale(vae, theta, x, mu))
+    if _log_likelihood(vae, x, mu) >= likelihood:
+        return True
+    with torch.no_grad():
+        table.weight.copy_(before)
+    return False
+
+
+@torch.no_grad()
+def _best_scale(vae: VAE, theta: Tensor, x: Tensor, mu: Tensor) -> float:
+    """Return the factor of all inverse dispersions (G,) that makes counts of given means (n, G) most likely."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_scale: float) -> float:
+        return -float(vae.log_prob(x, mu, theta * math.exp(log_scale)).sum(dtype=torch.float64))
+
+    return math.exp(minimize_scalar(loss, bounds=SCALES, method="bounded", options={"xatol": 0.01}).x)
 
 
 @torch.no_grad()
