@@ -64,3 +64,32 @@ def test_refit_raises_the_likelihood(job):
     before = likelihood()
     assert refit_theta(vae, CountBatches(job.cells, rows, expressed=True), np.random.default_rng(0))
     assert likelihood() > before
+
+
+def test_cells_not_trained_on_set_the_scale(job, monkeypatch):
+    """Means that were learned by heart give dispersions of Poisson counts; other cells know better."""
+    import scldm_cd4.train.theta as module
+
+    vae = job.vae()
+    counts, means = draw(np.full(job.cells.n_genes, 2.0), n=500)
+    learned = counts + 1e-3  # as if the decoder knew the counts themselves
+    sides = {"train": (counts, learned), "held out": (counts, means)}
+    monkeypatch.setattr(module, "sample_rows", lambda rows, *_: rows)
+    monkeypatch.setattr(module, "_targets_and_means", lambda _, data: sides[data.name])
+
+    class Cells(list):
+        def __init__(self, name):
+            super().__init__(range(500))
+            self.name = name
+
+        def take(self, _):
+            return self
+
+    def typical():
+        return vae.decoder_head.theta.weight[1:, 0].exp().median()
+
+    assert refit_theta(vae, Cells("train"), np.random.default_rng(0))
+    alone = typical()
+    assert refit_theta(vae, Cells("train"), np.random.default_rng(0), Cells("held out"))
+    assert alone > 200.0  # the counts were drawn with 2
+    assert typical() < 0.06 * alone  # a factor exp(-3) at most in one fit
