@@ -413,6 +413,7 @@ def test_compiled_steps_see_one_shape_and_give_the_same_loss(job, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself, about its own code
 def test_a_compiled_training_learns_the_same(job):
     if stage_module.compiler_error("cpu") is not None:
         pytest.skip(f"torch.compile cannot work here: {stage_module.compiler_error('cpu')}")
