@@ -361,7 +361,7 @@ def racing(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return cells and recall of the true top 100 of 2,000 with and without racing."""
     from scldm_cd4.data.setup import fit_registry
     from scldm_cd4.generation import Trained
-    from scldm_cd4.ranking import rank
+    from scldm_cd4.ranking.perturbations import rank
 
     adata = datasets.synthetic_cd4(200, 60, n_perturbations=2, n_donors=1, n_timepoints=1, seed=seed)
     CD4Model.setup_anndata(adata, **KEYS)

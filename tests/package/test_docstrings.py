@@ -18,7 +18,6 @@ from scldm_cd4.data import splits
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 8
 NO_EXAMPLE = {
-    "ranking.rank": "takes the parts of a model, which only CD4Model makes",
     "data.splits.make_split": "takes cells as a training reads them",
     "data.splits.Split": "made by make_split",
 }

@@ -22,8 +22,12 @@ class Split:
 
     Attributes
     ----------
-    train, validation, test
-        Numbers of the cells of each part, int64, ascending.
+    train
+        Numbers of the cells that train, int64, ascending.
+    validation
+        Of those that stop the training, likewise.
+    test
+        Of those that are held out, likewise.
     """
 
     train: np.ndarray

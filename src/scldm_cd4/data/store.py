@@ -27,10 +27,14 @@ class CellStore:
         are nearly all different, such as barcodes, stay in the files.
     var
         Table of genes of the first file.
-    uns, obsm
-        Plain dicts; nothing is written to the files.
-    X, layers
-        Where the counts come from (`scldm_cd4.data.rows.RowSource`); a layer is there if all files have it.
+    uns
+        Plain dict; nothing is written to the files.
+    obsm
+        Likewise.
+    X
+        Where the counts come from, read by rows.
+    layers
+        The same of other counts by name; a layer is there if all files have it.
     paths
         The files.
     """

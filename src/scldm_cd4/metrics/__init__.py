@@ -32,7 +32,7 @@ from scldm_cd4.metrics._pseudobulk import (
     pseudobulks,
     target_mask,
 )
-from scldm_cd4.metrics._ranks import ControlRanks, benjamini_hochberg, combine_tests
+from scldm_cd4.metrics._ranks import ControlRanks, RankTest, benjamini_hochberg, combine_tests
 from scldm_cd4.metrics._reconstruction import (
     intercept_nb,
     mse,
@@ -56,6 +56,7 @@ __all__ = [
     "MULTI_SCALES",
     "Projection",
     "Pseudobulks",
+    "RankTest",
     "aggregate",
     "anchored_score",
     "area_under_curves",

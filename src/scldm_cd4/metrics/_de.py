@@ -160,13 +160,18 @@ class DETests:
     ----------
     keys
         Labels of each condition.
-    z, p, p_adjusted
-        Statistic (positive where the condition is higher), two-sided p and Benjamini-Hochberg p within the condition,
-        (K, genes). NaN for a gene that was not tested.
+    z
+        Statistic, positive where the condition is higher, (K, genes). NaN for a gene that was not tested.
+    p
+        Two-sided p, likewise.
+    p_adjusted
+        Benjamini-Hochberg p within the condition, likewise.
     log2_fold_change
         (K, genes), always finite.
-    n, n_control
+    n
         Cells, (K,).
+    n_control
+        Control cells, (K,).
 
     Examples
     --------

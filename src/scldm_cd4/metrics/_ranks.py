@@ -26,6 +26,11 @@ class RankTest:
         Variance of U with tie correction, of the same shape.
     n_cells
         Cells of group and control together: a number, or (groups, 1).
+
+    Examples
+    --------
+    >>> metrics.ControlRanks(np.zeros((20, 1))).test(np.ones((10, 1))).shift.tolist()
+    [100.0]
     """
 
     shift: np.ndarray
@@ -58,8 +63,10 @@ class ControlRanks:
     ----------
     values
         The control cells.
-    n_cells, n_genes
-        Their number, and the number of genes.
+    n_cells
+        Their number.
+    n_genes
+        The number of genes.
 
     Examples
     --------

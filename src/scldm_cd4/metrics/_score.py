@@ -11,10 +11,18 @@ class Anchored:
 
     Attributes
     ----------
-    model, baseline, ceiling
-        Means over redraws.
-    model_se, baseline_se, ceiling_se
-        Standard errors of these means; NaN with fewer than two redraws.
+    model
+        Mean over redraws.
+    baseline
+        Likewise.
+    ceiling
+        Likewise.
+    model_se
+        Standard error of the mean; NaN with fewer than two redraws.
+    baseline_se
+        Likewise.
+    ceiling_se
+        Likewise.
     score
         (model - baseline) / (ceiling - baseline): 0 like the baseline, 1 like a repeat of the experiment; may lie
         outside.

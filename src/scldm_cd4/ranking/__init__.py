@@ -1,6 +1,6 @@
 """Which perturbations lead toward a wanted effect."""
 
-from scldm_cd4.ranking.effects import EffectSource
-from scldm_cd4.ranking.perturbations import rank, rank_perturbations
+from scldm_cd4.ranking.effects import Arm, Change, Control, EffectSource
+from scldm_cd4.ranking.perturbations import rank_perturbations
 
-__all__ = ["EffectSource", "rank", "rank_perturbations"]
+__all__ = ["Arm", "Change", "Control", "EffectSource", "rank_perturbations"]

@@ -32,20 +32,34 @@ Context = tuple[str, str]
 
 @dataclass(frozen=True)
 class Arm:
-    """The cells of one condition, summed up in folds."""
+    """The cells of one condition, summed up in folds.
+
+    Examples
+    --------
+    >>> ranking.Arm(sums=np.ones((4, 60)), n_cells=20).sums.shape
+    (4, 60)
+    """
 
     sums: Array
     """Counts (folds, genes)."""
     n_cells: int
     pairs: tuple[PairSums, ...] = ()
-    """Distances to the target populations."""
+    """Sums for the distance to each target population; none where the target is no population."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """The control cells of one context: twice as many folds, the first half paired with the perturbations."""
+    """The control cells of one context: twice as many folds, the first half paired with the perturbations.
+
+    Examples
+    --------
+    >>> arm = ranking.Arm(sums=np.ones((4, 60)), n_cells=20)
+    >>> ranking.Control(arm, mean=np.zeros(60), variance=np.ones(60)).arm.n_cells
+    20
+    """
 
     arm: Arm
+    """The cells, in folds."""
     mean: Array
     """Of log1p(counts per 10,000) over the cells (genes,)."""
     variance: Array
@@ -56,7 +70,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Change:
-    """An effect in one context, or its mean over contexts; the first row is the estimate, the rest leave folds out."""
+    """An effect in one context, or its mean over contexts; the first row is the estimate, the rest leave folds out.
+
+    Examples
+    --------
+    >>> rows = np.zeros((5, 60))  # the estimate, and 4 that leave out a fold each
+    >>> ranking.Change(rows, distances=np.zeros((5, 0, 2)), noise=0.1, n_cells=20).delta.shape
+    (5, 60)
+    """
 
     delta: Array
     """Difference of log1p(counts per 10,000) (rows, genes)."""

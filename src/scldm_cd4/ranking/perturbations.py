@@ -173,12 +173,11 @@ def rank_perturbations(
     method
         Score. Gene set: ``ulm`` (default), ``mean_diff``, ``auc``, ``wtcs``; signature: ``cosine`` (default),
         ``projection``, ``spearman``, ``wtcs``; direction: ``projection`` (default), ``cosine``; population:
-        ``edistance`` (default), ``mmd``. See `scldm_cd4.ranking.scores` and `scldm_cd4.ranking.population`. For a sum,
-        a dict by name.
+        ``edistance`` (default), ``mmd``. The page on ranking says what each is. For a sum, a dict by name.
     racing
         Start all with few cells per condition, and go on up to `n_cells` only with those that are not surely in or out
-        of the shortlist (`scldm_cd4.ranking.racing`). ``round`` and ``n_cells`` say where each stopped; rank the
-        shortlist again with ``perturbations=`` for all cells.
+        of the shortlist. ``round`` and ``n_cells`` say where each stopped; rank the shortlist again with
+        ``perturbations=`` for all cells.
     top_k
         Size of the shortlist, for ``p_top_k`` and racing.
     min_effect
