@@ -251,7 +251,7 @@ def read(cells, **changes):
     settings = {"genes": "exact", "target_genes": TARGETS, "min_cells": 10, "n_components": 30, "pca_on": "reference"}
     settings |= {"allow_missing": False, "fdr": 0.05, "seed": 5, "layer": None, "input_type": "counts"}
     keys = metrics._samples.Keys("target", ("<donor>",), CONTROL)
-    return _report_cells.read_scored(cells, keys, **{**settings, "size_factor_key": None, **changes})
+    return _report_cells.Scored.read(cells, keys, **{**settings, "size_factor_key": None, **changes})
 
 
 class TestFigures:

@@ -10,10 +10,10 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.metrics import baselines as simple
 from scldm_cd4.metrics._ceilings import Repeats, counts_sample
 from scldm_cd4.metrics._pseudobulk import Key
-from scldm_cd4.metrics._samples import InputType, Keys, Sample, common_genes, read_sample
-from scldm_cd4.metrics._setting import choose_conditions, fit_reference, settle
+from scldm_cd4.metrics._samples import InputType, Keys, Sample
+from scldm_cd4.metrics._setting import NotScored, read_scored
 from scldm_cd4.metrics._training import Training
-from scldm_cd4.metrics._truth import Controls, Options, Truth
+from scldm_cd4.metrics._truth import Truth
 from scldm_cd4.metrics.registry import METRICS, resolve
 
 PROFILE_BASELINES: Mapping[str, tuple[str, ...]] = {
@@ -133,26 +133,29 @@ def evaluate(
     names = _baseline_names(profile, baselines, train, input_type)
     keys = Keys.resolve(pred, perturbation_key, context_keys, control)
     sides = {"real": real, "pred": pred} | ({} if train is None else {"train": train})
-    chosen = common_genes(sides, genes)
-    read = {
-        what: read_sample(
-            adata, keys, chosen, what, layer=layer, input_type=input_type, size_factor_key=size_factor_key
-        )
-        for what, adata in sides.items()
-    }
-    setting = settle(read, keys.control, pca_on, seed)
-    scored, notes = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
-    targets = {label: gene or "" for label, gene in (target_genes or {}).items()}  # "" is no gene
-    options = Options(metrics, targets, fdr, max_cells, seed)
-    reference = fit_reference(setting, n_components, seed)
-    controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
-    _warn_of_targets(scored, chosen, target_genes)
-    truth = Truth(setting.real.select(scored), Controls(controls, keys.control), reference, options)
+    truth, sample, setting, not_scored = read_scored(
+        sides,
+        keys,
+        genes=genes,
+        target_genes=target_genes,
+        min_cells=min_cells,
+        n_components=n_components,
+        pca_on=pca_on,
+        allow_missing=allow_missing,
+        fdr=fdr,
+        seed=seed,
+        metrics=metrics,
+        max_cells=max_cells,
+        layer=layer,
+        input_type=input_type,
+        size_factor_key=size_factor_key,
+    )
+    _warn_of_targets(truth, target_genes)
     has_use = setting.train is not None and input_type == "counts" and (names or ceilings)
     training = Training(setting.train, keys.control) if has_use and setting.train is not None else None
-    pred_sample, fitted_on, extra_notes = read["pred"].select(scored), setting.fitted_on, setting.notes
-    del read, setting, controls  # copies of the scored cells are all that is needed from here
-    found = _Found(truth, pred_sample, training, n_repeats if ceilings else 0)
+    fitted_on, extra_notes = setting.fitted_on, setting.notes
+    del setting  # copies of the scored cells are all that is needed from here
+    found = _Found(truth, sample, training, n_repeats if ceilings else 0)
     if n_shared := int(np.nansum(found.values.get("n_shared", 0))):
         warnings.warn(
             f"{n_shared} predicted cells equal a real cell of their condition: neighbour metrics and distances mean "
@@ -162,15 +165,15 @@ def evaluate(
         )
     for name in names:
         found.add_baseline(name)
-    table = _table(found, keys, extra_notes, notes)
+    table = _table(found, keys, extra_notes, not_scored)
     table.attrs = _describe(truth, keys, names) | {
         "profile": profile if isinstance(profile, str) else list(metrics),
-        "genes_left_out": {what: int(adata.n_vars - len(chosen)) for what, adata in sides.items()},
+        "genes_left_out": {what: int(adata.n_vars - len(truth.real.genes)) for what, adata in sides.items()},
         "components_fitted_on": fitted_on,
         "input_type": input_type,
         "n_repeats": n_repeats if ceilings else 0,
         "min_cells": min_cells,
-        "n_conditions": {"scored": len(scored), "not_scored": len(notes)},
+        "n_conditions": {"scored": len(truth.keys), "not_scored": len(not_scored)},
     }
     return table
 
@@ -233,10 +236,10 @@ def _baseline_names(profile: Any, given: Sequence[str] | None, train: Any, input
     return tuple(simple.get(name).name for name in dict.fromkeys(given))
 
 
-def _warn_of_targets(scored: Sequence[Key], genes: np.ndarray, named: Mapping[str, str | None] | None) -> None:
+def _warn_of_targets(truth: Truth, named: Mapping[str, str | None] | None) -> None:
     """Say where targets stay in the scores of some perturbations only."""
-    have, named = set(genes), named or {}
-    labels = {key[-1] for key in scored}
+    have, named = set(truth.real.genes), named or {}
+    labels = {key[-1] for key in truth.keys}
     lost = sorted(label for label in labels if label not in named and label not in have)
     lost += sorted(f"{label} ({named[label]})" for label in labels if named.get(label) and named[label] not in have)
     if lost and len(lost) < len(labels):
@@ -249,7 +252,7 @@ def _warn_of_targets(scored: Sequence[Key], genes: np.ndarray, named: Mapping[st
         )
 
 
-def _table(found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: Mapping[Key, tuple[int, int, str]]) -> Any:
+def _table(found: _Found, keys: Keys, notes: Mapping[Key, str], not_scored: NotScored) -> Any:
     """Put everything into one row per condition and metric."""
     import pandas as pd
 

@@ -14,7 +14,7 @@ from scldm_cd4._errors import DataError
 from scldm_cd4.metrics import _report_page as html
 from scldm_cd4.metrics import _report_parts as parts
 from scldm_cd4.metrics._evaluate import evaluate
-from scldm_cd4.metrics._report_cells import Scored, read_scored
+from scldm_cd4.metrics._report_cells import Scored
 from scldm_cd4.metrics._samples import InputType, Keys
 
 MAX_PANELS = 6
@@ -114,7 +114,7 @@ def report(
         table = evaluate(real, pred, train=train, **columns, **settings, **options)
     elif options:
         raise DataError(f"table= is given, so {sorted(options)} would have no effect; leave one of them out")
-    scored = read_scored(sides, keys, **settings)
+    scored = Scored.read(sides, keys, **settings)
     table = parts.checked(table, scored, columns | settings)
     rows = _choose(scored, show)
     is_simulated = any(bool(getattr(side, "uns", {}).get("simulated", False)) for side in sides.values())

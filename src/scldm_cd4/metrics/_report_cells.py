@@ -11,9 +11,9 @@ from scldm_cd4.metrics._de import DETests
 from scldm_cd4.metrics._de_recovery import de_table
 from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._rows import pearson_rows, shift
-from scldm_cd4.metrics._samples import Keys, Sample, common_genes, read_sample
-from scldm_cd4.metrics._setting import choose_conditions, fit_reference, settle
-from scldm_cd4.metrics._truth import Controls, Options, Truth, draw, halve
+from scldm_cd4.metrics._samples import Keys, Sample
+from scldm_cd4.metrics._setting import NotScored, read_scored
+from scldm_cd4.metrics._truth import Truth, draw, halve
 
 MAX_SHAPING = 1500
 """Reference cells that shape the plane at most."""
@@ -141,7 +141,13 @@ class Scored:
     pred: Sample
     fitted: Sample
     fitted_on: str
-    not_scored: Mapping[Key, tuple[int, int, str]]
+    not_scored: NotScored
+
+    @classmethod
+    def read(cls, sides: Mapping[str, Any], keys: Keys, **settings: Any) -> "Scored":
+        """Read the cells; see :func:`scldm_cd4.metrics._setting.read_scored`."""
+        truth, pred, setting, not_scored = read_scored(sides, keys, **settings)
+        return cls(keys, truth, pred, setting.fitted, setting.fitted_on, not_scored)
 
     @property
     def conditions(self) -> tuple[Key, ...]:
@@ -196,54 +202,3 @@ class Scored:
         (placed,) = pl.embed_like(project(basis.values), np.concatenate(cells), seed=seed)
         own, repeat, pred = np.split(placed, 3)
         return Places(own, repeat, pred, np.repeat(np.arange(len(n)), n), basis.n_cells)
-
-
-def read_scored(
-    sides: Mapping[str, Any],
-    keys: Keys,
-    *,
-    genes: Any,
-    target_genes: Mapping[str, str | None] | None,
-    min_cells: int,
-    n_components: int,
-    pca_on: str,
-    allow_missing: bool,
-    fdr: float,
-    seed: int,
-    **reading: Any,
-) -> Scored:
-    """Read the cells and settle their parts as :func:`scldm_cd4.metrics.evaluate` does.
-
-    Parameters
-    ----------
-    sides
-        AnnData ``real``, ``pred`` and perhaps ``train``.
-    keys
-        Columns and control.
-    genes, target_genes, min_cells, n_components, pca_on, allow_missing, fdr, seed
-        As in :func:`scldm_cd4.metrics.evaluate`.
-    reading
-        ``layer``, ``input_type``, ``size_factor_key``, likewise.
-
-    Returns
-    -------
-    The cells.
-
-    Raises
-    ------
-    DataError
-        If they cannot be scored.
-    """
-    chosen = common_genes(dict(sides), genes)
-    read = {what: read_sample(adata, keys, chosen, what, **reading) for what, adata in sides.items()}
-    setting = settle(read, keys.control, pca_on, seed)
-    scored, not_scored = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
-    controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
-    options = Options((), {label: gene or "" for label, gene in (target_genes or {}).items()}, fdr, 1, seed)
-    truth = Truth(
-        setting.real.select(scored),
-        Controls(controls, keys.control),
-        fit_reference(setting, n_components, seed),
-        options,
-    )
-    return Scored(keys, truth, read["pred"].select(scored), setting.fitted, setting.fitted_on, not_scored)

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics._projection import fit_projection
 from scldm_cd4.metrics._pseudobulk import Key
-from scldm_cd4.metrics._samples import Sample, join
-from scldm_cd4.metrics._truth import Reference, draw, halve
+from scldm_cd4.metrics._samples import Keys, Sample, common_genes, join, read_sample
+from scldm_cd4.metrics._truth import Controls, Options, Reference, Truth, draw, halve
 
 MAX_FITTED = 10_000
 """Reference cells that the principal components are fitted on, drawn where there are more."""
@@ -39,6 +40,62 @@ class Setting:
     fitted: Sample
     fitted_on: str
     notes: dict[Key, str]
+
+
+NotScored = dict[Key, tuple[int, int, str]]
+"""Numbers of real and predicted cells of conditions, with the reason."""
+
+
+def read_scored(
+    sides: Mapping[str, Any],
+    keys: Keys,
+    *,
+    genes: Any,
+    target_genes: Mapping[str, str | None] | None,
+    min_cells: int,
+    n_components: int,
+    pca_on: str,
+    allow_missing: bool,
+    fdr: float,
+    seed: int,
+    metrics: tuple[str, ...] = (),
+    max_cells: int = 1,
+    **reading: Any,
+) -> tuple[Truth, Sample, Setting, NotScored]:
+    """Read the cells, give each its part and choose the conditions.
+
+    Parameters
+    ----------
+    sides
+        AnnData ``real``, ``pred`` and perhaps ``train``.
+    keys
+        Columns and control.
+    metrics
+        What is to be computed.
+    genes, target_genes, min_cells, n_components, pca_on, allow_missing, fdr, seed, max_cells
+        As in :func:`scldm_cd4.metrics.evaluate`.
+    reading
+        ``layer``, ``input_type``, ``size_factor_key``, likewise.
+
+    Returns
+    -------
+    The real and the predicted cells of the scored conditions, the parts of all cells, and what is not scored.
+
+    Raises
+    ------
+    DataError
+        If they cannot be scored.
+    """
+    chosen = common_genes(dict(sides), genes)
+    read = {what: read_sample(adata, keys, chosen, what, **reading) for what, adata in sides.items()}
+    setting = settle(read, keys.control, pca_on, seed)
+    scored, not_scored = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
+    targets = {label: gene or "" for label, gene in (target_genes or {}).items()}  # "" is no gene
+    reference = fit_reference(setting, n_components, seed)
+    controls = setting.controls.select([(*c, keys.control) for c in sorted({key[:-1] for key in scored})])
+    options = Options(metrics, targets, fdr, max_cells, seed)
+    truth = Truth(setting.real.select(scored), Controls(controls, keys.control), reference, options)
+    return truth, read["pred"].select(scored), setting, not_scored
 
 
 def settle(read: Mapping[str, Sample], control: str, pca_on: str, seed: int) -> Setting:
@@ -96,7 +153,7 @@ def settle(read: Mapping[str, Sample], control: str, pca_on: str, seed: int) -> 
 
 def choose_conditions(
     real: Sample, pred: Sample, control: str, min_cells: int, allow_missing: bool
-) -> tuple[list[Key], dict[Key, tuple[int, int, str]]]:
+) -> tuple[list[Key], NotScored]:
     """Decide which conditions are scored.
 
     Returns
