@@ -61,7 +61,7 @@ class VAEConfig:
     shared_embedding: bool = True
     """The decoder queries with the gene vectors of the input layer."""
     head: Head = "nb"
-    """Distribution of the counts: ``nb`` (released), ``decoupled`` (without the softmax over genes) or ``poisson``."""
+    """Distribution of the counts, ``nb`` (released), ``decoupled`` (without the softmax over genes) or ``poisson``."""
     theta: Literal["gene", "cell_gene"] = "gene"
     """One dispersion per gene, or one per cell and gene."""
     gene_bias: bool = False
@@ -69,11 +69,11 @@ class VAEConfig:
     mask_padding: bool = False
     """Padding genes take no part in attention (the released model attends to them)."""
     encode: Literal["all", "expressed"] = "all"
-    """The genes that the encoder sees: all of the panel, or those with a count."""
+    """The genes that the encoder sees, all of the panel or those with a count."""
     kl_weight: float = 0.0
     """0 is the released deterministic autoencoder; above 0 the latent gets a Gaussian posterior."""
     linear_rank: int = 0
-    """Rank of a linear path beside encoder and decoder (0: none, as released)."""
+    """Rank of a linear path beside encoder and decoder (0 for none, as released)."""
     label_rank: int = 0
     """Rank of the mean effects of labels that the latents leave untold and that are added to the gene logits
     (0: the decoder sees no labels, as released)."""
@@ -107,13 +107,13 @@ class FlowConfig:
     norm_eps: float = 1e-8
     """Added to the variance in normalisation."""
     label_dropout: Dropout = "joint"
-    """Which labels are dropped together in training: all, all but one, or each on its own."""
+    """Which labels are dropped together in training (all, all but one, or each on its own)."""
     p_drop: float = 0.1
     """Probability with which labels are dropped."""
     label_std: float = 0.02
     """Standard deviation of the label embeddings at the start."""
     coupling: Literal["independent", "ot"] = "independent"
-    """Pairs of noise and latents in training: as drawn, or by optimal transport among cells of equal condition."""
+    """Pairs of noise and latents in training, as drawn or by optimal transport among cells of equal condition."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class StageConfig:
     batch_size: int = 128
     """Cells per step and process."""
     max_epochs: int | None = None
-    """None: from the number of cells, so that about `target_steps` are made in at most `epoch_limit` epochs."""
+    """None goes by the number of cells, so that about `target_steps` are made in at most `epoch_limit` epochs."""
     target_steps: int = 2000
     """Steps to make where `max_epochs` is None."""
     epoch_limit: int = 200
@@ -156,9 +156,9 @@ class StageConfig:
     """Range of the share of a cell's counts that the encoder sees while the decoder is trained on the others, drawn for
     each cell; None shows it the very counts that the decoder must give, as in the released recipe."""
     shown_whole: float = 0.0
-    """Share of cells that `shown` leaves whole: seen and asked for alike."""
+    """Share of cells that `shown` leaves whole, seen and asked for alike."""
     genes_per_step: int | None = None
-    """Genes decoded per training step, more where the panel is above 16 times that (None: all)."""
+    """Genes decoded per training step, more where the panel is above 16 times that (None for all)."""
     theta_lr: float = 1.0
     """Factor on the learning rate of the dispersion table, which then has no weight decay."""
     refit_theta: bool = False

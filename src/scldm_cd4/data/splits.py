@@ -34,7 +34,7 @@ class Split:
     validation: np.ndarray
     test: np.ndarray
     spec: dict[str, Any]
-    """How the parts came about, as plain values: ``kind``, what was asked, ``seed``, cells per part under ``n_cells``,
+    """How the parts came about, as plain values. ``kind``, what was asked, ``seed``, cells per part under ``n_cells``,
     and under ``untrained`` the levels by role that have cells but none in training."""
 
 

@@ -84,7 +84,7 @@ class Change:
     distances: Array
     """Distances of perturbed and control cells to the target populations (rows, populations, 2)."""
     noise: float
-    """1 / perturbed cells + 1 / control cells: what the sampling variance grows with."""
+    """What the sampling variance grows with, 1 / perturbed cells + 1 / control cells."""
     n_cells: int
     """Perturbed cells."""
 
