@@ -116,7 +116,12 @@ class Attribute:
         return [KINDS[self.kind](label) for label in labels]
 
     def _unknown(self, label: object) -> str:
-        where = f" (column {self.column!r})" if self.column is not None else ""
+        if self.column is None and len(self) == 1:
+            return (
+                f"no {self.role} was declared, so {label!r} cannot be asked for: leave it out, or name its column with "
+                f"setup_anndata(..., {self.role}_key=...) before training"
+            )
+        where = f" (column {self.column!r})"
         hint = suggestion(label, self.levels, f"{self.role} levels are")
         return f"{label!r} is not among the {len(self.levels)} {self.role} levels that the model knows{where}.{hint}"
 
@@ -213,17 +218,21 @@ class Registry:
         min_cells
             Contexts with fewer cells take the library sizes of their time point.
         """
-        size_factors = SizeFactors.fit(
+        size_factors = self._size_factors(labels, library, min_cells=min_cells)
+        return replace(self, size_factors=size_factors, train_counts=self._counts(labels))
+
+    def _size_factors(self, labels: np.ndarray, library: np.ndarray, **options: Any) -> SizeFactors:
+        donor, timepoint, perturbation = labels.T
+        return SizeFactors.fit(
             np.log(library),
-            labels[:, 0],
-            labels[:, 1],
+            donor,
+            timepoint,
             donors=self.donor.levels,
             timepoints=self.timepoint.levels,
-            perturbation=labels[:, 2],
+            perturbation=perturbation,
             perturbations=self.perturbation.levels,
-            min_cells=min_cells,
+            **options,
         )
-        return replace(self, size_factors=size_factors, train_counts=self._counts(labels))
 
     def _counts(self, labels: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
         keys, numbers = np.unique(np.ravel_multi_index(tuple(labels.T), self.vocabulary), return_counts=True)
@@ -265,17 +274,7 @@ class Registry:
                 counts.setdefault(perturbation, {}).setdefault(donor, {}).update(by_time)
         known = self.size_factors
         if known is not None:
-            own = SizeFactors.fit(
-                np.log(library),
-                labels[:, 0],
-                labels[:, 1],
-                donors=self.donor.levels,
-                timepoints=self.timepoint.levels,
-                perturbation=labels[:, 2],
-                perturbations=self.perturbation.levels,
-                shifts=known.perturbations,
-            )
-            known = known.with_contexts(own)
+            known = known.with_contexts(self._size_factors(labels, library, shifts=known.perturbations))
         return replace(self, size_factors=known, train_counts=counts if self.train_counts else {})
 
     def to_dict(self) -> dict[str, Any]:
