@@ -6,14 +6,15 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from scldm_cd4._base import ModelBase, resolve_seed
+from scldm_cd4._base import resolve_seed
 from scldm_cd4._errors import DataError
+from scldm_cd4._storage import StorageMethods
 from scldm_cd4.data.splits import Split
 from scldm_cd4.embedding import as_rows
 from scldm_cd4.familiarity import Familiarity
 
 
-class QueryMethods(ModelBase):
+class QueryMethods(StorageMethods):
     """New donors and time points from a few cells."""
 
     def extend(self, adata: Any = None, *, donor: Any = None, timepoint: Any = None, seed: int | None = None) -> Self:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 
+from scldm_cd4._base import ModelBase
 from scldm_cd4._errors import CheckpointError, DataError
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
@@ -18,17 +19,8 @@ from scldm_cd4.data.mudata import as_anndata
 from scldm_cd4.data.setup import require_anndata
 
 
-class Storage:
+class StorageMethods(ModelBase):
     """Where a model comes from and goes to."""
-
-    adata: Any
-    _state: State
-
-    def _start(self, state: State, adata: Any, device: Any) -> None:
-        raise NotImplementedError
-
-    def _require(self, part: str) -> State:
-        raise NotImplementedError
 
     def save(self, dir_path: str | Path, *, overwrite: bool = False, scores: pd.DataFrame | None = None) -> None:
         """Write the model to a folder of safetensors and JSON, with a model card.
