@@ -14,7 +14,6 @@ from scldm_cd4._errors import DataError, NotTrainedError
 from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
-from scldm_cd4._storage import Storage
 from scldm_cd4.config import PRESETS, ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.mudata import as_anndata, is_mudata
@@ -28,10 +27,11 @@ TITLES = {"vae": "autoencoder", "flow": "flow"}
 """What the stages are called."""
 
 
-class ModelBase(Storage):
+class ModelBase:
     """A model without its verbs."""
 
-    _device: torch.device
+    adata: Any
+    """The cells that the model was built or loaded with; None without."""
     mdata: Any
     """The MuData that the cells in `adata` came with; None for an AnnData."""
 
@@ -82,7 +82,7 @@ class ModelBase(Storage):
 
     @property
     def training_(self) -> dict[str, Any]:
-        """Facts on the training by stage: seed, seconds, steps, split, notes."""
+        """Facts on the training by stage (seed, seconds, steps, split, notes)."""
         return self._state.record
 
     @property
@@ -236,7 +236,7 @@ def resolve_seed(seed: int | None, resume_from: str | Path | None = None) -> int
         It is not a whole number of at least 0.
     """
     if seed is None and resume_from is not None:
-        from scldm_cd4.train.runner import recorded_seed
+        from scldm_cd4.train.checkpoint_io import recorded_seed
 
         return recorded_seed(resume_from)
     seed = settings.seed if seed is None else seed
@@ -255,7 +255,7 @@ def train_options(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any
     DataError
         A keyword is neither `own` nor one that training or Lightning takes.
     """
-    from scldm_cd4.train.runner import check_keywords
+    from scldm_cd4.train.options import check_keywords
 
     check_keywords(given, own)
     return {"progress": settings.progress, "num_workers": settings.num_workers or 0, **given}

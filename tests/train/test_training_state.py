@@ -7,8 +7,7 @@ import torch
 
 from scldm_cd4._errors import CheckpointError
 from scldm_cd4.train import checkpoint_io
-from scldm_cd4.train.checkpoint_io import read_state, write_state
-from scldm_cd4.train.runner import recorded_seed
+from scldm_cd4.train.checkpoint_io import read_state, recorded_seed, write_state
 
 STATE = {
     "weights": {"a.b": torch.arange(6.0).view(2, 3), "scalar": torch.tensor(2)},

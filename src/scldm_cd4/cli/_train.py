@@ -18,7 +18,7 @@ from scldm_cd4.cli._config import compose
 from scldm_cd4.cli._paths import say
 from scldm_cd4.config import PRESETS, FlowConfig, ModelConfig, StageConfig, VAEConfig
 from scldm_cd4.data.files import open_h5ad
-from scldm_cd4.train.runner import RECORD, has_state, recorded_seed
+from scldm_cd4.train.checkpoint_io import RECORD, has_state, recorded_seed
 
 STAGES = {"vae": ("vae",), "flow": ("flow",), "both": ("vae", "flow")}
 

@@ -16,6 +16,8 @@ from scldm_cd4._errors import CheckpointError
 
 FORMAT = "scldm_cd4.training"
 VERSION = 1
+RECORD = "training.json"
+"""File beside the state with the seed of the training."""
 
 
 def write_state(state: dict[str, Any], path: str | Path) -> None:
@@ -53,6 +55,26 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(values, indent=1), encoding="utf-8")
     part.replace(path)
+
+
+def recorded_seed(folder: str | Path) -> int:
+    """Return the seed of a training that wrote its state to `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such record.
+    """
+    path = Path(folder) / RECORD
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no record of a training: {error}") from error
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a folder holds training state to go on from."""
+    return any((folder / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow"))
 
 
 def read_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:

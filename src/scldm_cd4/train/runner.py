@@ -1,15 +1,13 @@
 """Training of both stages, one after the other."""
 
 import inspect
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
@@ -21,14 +19,14 @@ from scldm_cd4.config import ModelConfig, StageConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
-from scldm_cd4.registry import near_matches
-from scldm_cd4.train.checkpoint_io import read_state, write_json, write_state
+from scldm_cd4.train.checkpoint_io import RECORD, has_state, read_state, recorded_seed, write_json, write_state
 from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
 from scldm_cd4.train.latent_cache import cached_latents, discard
 from scldm_cd4.train.latents import encode_rows, inference_batch_size, latent_bytes
 from scldm_cd4.train.launch import connect, idle_devices, processes, require_launcher, wait_for_all
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
+from scldm_cd4.train.options import STAGES, by_stage, check_keywords, stage_configs
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
 from scldm_cd4.train.rng import isolated_rng, key_seed
@@ -36,8 +34,6 @@ from scldm_cd4.train.stage import Hardware, StageResult, train_stage, without_co
 from scldm_cd4.train.theta import refit_theta
 
 Stage = Literal["both", "vae", "flow"]
-STAGES = ("vae", "flow")
-RECORD = "training.json"
 MAX_VALIDATION = 1_000
 """Cells that a validation looks at."""
 MAX_LATENT_BYTES = 4 * 2**30
@@ -147,9 +143,9 @@ def fit(
         raise DataError(f"stage must be 'both', 'vae' or 'flow', got {stage!r}")
     check_keywords(trainer_kwargs, inspect.signature(fit).parameters)
     settings = {
-        "max_epochs": _by_stage(max_epochs, "max_epochs"),
-        "batch_size": _by_stage(batch_size, "batch_size"),
-        "config": _stage_configs(config, plan_kwargs),
+        "max_epochs": by_stage(max_epochs, "max_epochs"),
+        "batch_size": by_stage(batch_size, "batch_size"),
+        "config": stage_configs(config, plan_kwargs),
     }
     asked = Hardware(accelerator, devices, precision, num_workers, progress, compile, trainer_kwargs)
     hardware, note = without_compiler(asked)
@@ -345,48 +341,6 @@ class _Job:
         return True
 
 
-def has_state(folder: Path) -> bool:
-    """Whether a folder holds training state to go on from."""
-    return any((folder / f"{name}.safetensors").is_file() for name in ("vae", "vae_done", "flow"))
-
-
-def check_keywords(given: Iterable[str], own: Iterable[str] = ()) -> None:
-    """Refuse keywords of training that nothing takes; `own` are further ones that the caller takes.
-
-    Raises
-    ------
-    DataError
-        Names the first such keyword, near matches, and the place for settings of the optimiser.
-    """
-    known = set(inspect.signature(pl.Trainer).parameters) | {"num_workers", "progress", "compile"}
-    unknown = [name for name in given if name not in known]
-    if not unknown:
-        return
-    name = unknown[0]
-    close = near_matches(name, sorted({*known, *own}))
-    hint = f" Near matches: {', '.join(map(repr, close))}." if close else ""
-    example = name if name in {f.name for f in fields(StageConfig)} else "lr"
-    raise DataError(
-        f"training takes no keyword {name!r}.{hint} Settings of the optimiser go to plan_kwargs, such as "
-        f"plan_kwargs={{{example!r}: ...}}; others are those of lightning.pytorch.Trainer"
-    )
-
-
-def recorded_seed(folder: str | Path) -> int:
-    """Return the seed of a training that wrote its state to `folder`.
-
-    Raises
-    ------
-    CheckpointError
-        There is no such record.
-    """
-    path = Path(folder) / RECORD
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no record of a training: {error}") from error
-
-
 def _resolve_seed(seed: int | None, resume: Path | None) -> int:
     if resume is None:
         return int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
@@ -394,24 +348,3 @@ def _resolve_seed(seed: int | None, resume: Path | None) -> int:
     if seed is not None and seed != recorded:
         raise DataError(f"the training in {resume} has seed {recorded}, not {seed}: leave seed out to resume it")
     return recorded
-
-
-def _by_stage(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(STAGES, value)
-    if unknown := sorted(set(value) - set(STAGES)):
-        raise DataError(f"{name} takes one value or a dict with keys 'vae' and 'flow', not {unknown}")
-    return {stage: value.get(stage) for stage in STAGES}
-
-
-def _stage_configs(config: ModelConfig, changes: Mapping[str, Any] | None) -> dict[str, StageConfig]:
-    split = changes is not None and set(changes) <= set(STAGES)
-    by_stage = _by_stage(changes if split else dict.fromkeys(STAGES, changes), "plan_kwargs")
-    known = sorted(f.name for f in fields(StageConfig))
-    out = {}
-    for stage, base in zip(STAGES, (config.train_vae, config.train_flow), strict=True):
-        wanted = dict(by_stage[stage] or {})
-        if unknown := sorted(set(wanted) - set(known)):
-            raise DataError(f"unknown in plan_kwargs for {stage!r}: {unknown}; known: {known}")
-        out[stage] = replace(base, **wanted)
-    return out
