@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
 from scldm_cd4.conditions import as_n_cells, requested_levels
 from scldm_cd4.data.cells import CellData
-from scldm_cd4.engines import Engine, one_caller
+from scldm_cd4.engines import one_caller
 from scldm_cd4.generation import Trained
 from scldm_cd4.ranking.effects import (
     Context,
@@ -34,93 +35,6 @@ from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling
 
 EACH, AVERAGE, GENERATED = "each", "average", "generated"
-
-
-def rank(
-    trained: Trained,
-    sampling: Sampling,
-    target: Any,
-    *,
-    perturbations: Any = None,
-    donor: Any = None,
-    timepoint: Any = None,
-    direction: str = "toward",
-    effects: str | EffectSource = "generated",
-    n_cells: int = 200,
-    method: Any = None,
-    racing: bool = False,
-    top_k: int = 20,
-    min_effect: float | None = None,
-    n_boot: int = 200,
-    off_target: Any = None,
-    adata: Any = None,
-    workers: int | None = None,
-    engine: Engine | None = None,
-) -> pd.DataFrame:
-    """Rank perturbations of a trained model; see `rank_perturbations`.
-
-    Parameters
-    ----------
-    trained
-        Networks and registry of a model.
-    sampling
-        Seed, solver, guidance and device of the generated cells.
-    target, perturbations, donor, timepoint, direction, effects, n_cells
-        As for `rank_perturbations`.
-    method, racing, top_k, min_effect, n_boot, off_target
-        As for `rank_perturbations`.
-    adata
-        The cells of the model, which some targets and observed effects need.
-    workers
-        Threads that generate; None goes by the machine.
-    engine
-        Who generates; None is this process.
-
-    Returns
-    -------
-    The table of `rank_perturbations`.
-
-    Raises
-    ------
-    DataError
-        As for `rank_perturbations`.
-    """
-    registry = trained.registry
-    if registry.control is None:
-        raise DataError("ranking compares with the control, but none was declared: setup_anndata(..., control=...)")
-    _check(direction, n_cells, top_k, n_boot, min_effect)
-    reader = Reader(registry, adata, latent_embedding(trained.vae, registry), sampling.seed)
-    parts = reader.read(target, method)
-    names = _names(registry, perturbations)
-    summariser = Summariser(tuple(p.target for p in parts if isinstance(p.target, Population)))
-    source = effect_source(trained, sampling, effects, summariser, adata, workers, engine)
-    groups = _groups(registry, donor, timepoint)
-    run = _Run(registry, source, parts, groups, sampling.seed)
-    sizes = rounds(n_cells) if racing else [n_cells]
-    sign = 1.0 if direction == "toward" else -1.0
-    held_out = _held_out(source, summariser, adata, registry, names, run.contexts, n_cells, sampling.seed)
-    rows: dict[str, list[Row | None]] = {}
-
-    def evaluate(some: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-        found = run.rows(some, n, held_out)
-        rows.update(found)
-        return sign * _by_group(found, "score"), _by_group(found, "se_cells")
-
-    reached = race(names, sizes, evaluate, top_k)
-    unknown = f"not looked at: effects are {source.name}" if source.name != GENERATED else "no held-out cells"
-    reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
-    judged: dict[str, Any] = {"n_boot": n_boot, "top_k": top_k, "min_effect": min_effect, "seed": sampling.seed}
-    judged |= {"sign": sign, "reached": reached, "reliability": reliability}
-    tables = [
-        group_table(registry, group, names, [rows[name][i] for name in names], **judged)
-        for i, group in enumerate(groups)
-    ]
-    table = flagged(pd.concat(tables, ignore_index=True), off_target)
-    share = [p.target.share_found for p in parts if isinstance(p.target, Profile)]
-    table["frac_target_genes_found"] = min(share, default=np.nan)
-    table.attrs = _attrs(trained, sampling, parts, groups, direction, source, reliability)
-    table.attrs |= {"n_cells": n_cells, "top_k": top_k, "n_boot": n_boot, "rounds": sizes}
-    return table
 
 
 def rank_perturbations(
@@ -225,26 +139,50 @@ def rank_perturbations(
     >>> table["perturbation"].tolist() == table.sort_values("rank")["perturbation"].tolist()
     True
     """
-    return rank(
-        self._trained(),
-        self._sampling(seed=seed, guidance=guidance),
-        target,
-        perturbations=perturbations,
-        donor=donor,
-        timepoint=timepoint,
-        direction=direction,
-        effects=effects,
-        n_cells=n_cells,
-        method=method,
-        racing=racing,
-        top_k=top_k,
-        min_effect=min_effect,
-        n_boot=n_boot,
-        off_target=off_target,
-        adata=self.adata,
-        workers=settings.num_workers,
-        engine=None if engine is None else one_caller(engine),
-    )
+    trained, sampling = self._trained(), self._sampling(seed=seed, guidance=guidance)
+    engine = None if engine is None else one_caller(engine)
+    registry = trained.registry
+    if registry.control is None:
+        raise DataError("ranking compares with the control, but none was declared: setup_anndata(..., control=...)")
+    _check(direction, n_cells, top_k, n_boot, min_effect)
+    reader = Reader(registry, self.adata, latent_embedding(trained.vae, registry), sampling.seed)
+    parts = reader.read(target, method)
+    names = _names(registry, perturbations)
+    summariser = Summariser(tuple(p.target for p in parts if isinstance(p.target, Population)))
+    source = effect_source(trained, sampling, effects, summariser, self.adata, settings.num_workers, engine)
+    groups = _groups(registry, donor, timepoint)
+    run = _Run(registry, source, parts, groups, sampling.seed)
+    sizes = rounds(n_cells) if racing else [n_cells]
+    sign = 1.0 if direction == "toward" else -1.0
+    held_out = _held_out(source, summariser, self.adata, registry, names, run.contexts, n_cells, sampling.seed)
+    rows: dict[str, list[Row | None]] = {}
+
+    def evaluate(some: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+        found = run.rows(some, n, held_out)
+        rows.update(found)
+        return sign * _by_group(found, "score"), _by_group(found, "se_cells")
+
+    reached = race(names, sizes, evaluate, top_k)
+    unknown = f"not looked at: effects are {source.name}" if source.name != GENERATED else "no held-out cells"
+    reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
+    judged: dict[str, Any] = {"n_boot": n_boot, "top_k": top_k, "min_effect": min_effect, "seed": sampling.seed}
+    judged |= {"sign": sign, "reached": reached, "reliability": reliability}
+    tables = [
+        group_table(registry, group, names, [rows[name][i] for name in names], **judged)
+        for i, group in enumerate(groups)
+    ]
+    table = flagged(pd.concat(tables, ignore_index=True), off_target)
+    share = [p.target.share_found for p in parts if isinstance(p.target, Profile)]
+    table["frac_target_genes_found"] = min(share, default=np.nan)
+    table.attrs = _attrs(trained, sampling, parts, groups, direction, source, reliability)
+    table.attrs |= {"n_cells": n_cells, "top_k": top_k, "n_boot": n_boot, "rounds": sizes}
+    return table
+
+
+def rank(trained: Trained, sampling: Sampling, target: Any, **options: Any) -> pd.DataFrame:
+    """Rank without a model and its cells, such as by effects that no network made; see `rank_perturbations`."""
+    given = SimpleNamespace(adata=None, _trained=lambda: trained, _sampling=lambda **_: sampling)
+    return rank_perturbations(given, target, **options)
 
 
 @dataclass
