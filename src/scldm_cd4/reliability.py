@@ -20,8 +20,9 @@ from scldm_cd4.metrics import safe_pearson
 from scldm_cd4.noise import stream
 from scldm_cd4.ranking.effects import MIN_OBSERVED, Context, Generated, Observed, target_genes
 from scldm_cd4.ranking.evidence import MIN_CONDITIONS, held_out_conditions
+from scldm_cd4.ranking.sources import generated_effects
 from scldm_cd4.registry import Registry
-from scldm_cd4.sampling import Sampler, Sampling, role_columns
+from scldm_cd4.sampling import Sampling, role_columns
 
 MAX_CONTEXTS = 3
 """Contexts in which the perturbation was trained that a prediction is compared with."""
@@ -191,12 +192,7 @@ def _source(self: Any, seed: int | None) -> tuple[Registry, Generated, Sampling]
     registry: Registry = trained.registry
     if registry.control is None:
         raise DataError("no control was declared, so there are no effects: setup_anndata(..., control=...)")
-    noise_labels = lambda labels: (labels[0], labels[1], None)  # noqa: E731
-    return (
-        registry,
-        Generated(Sampler(trained.vae, trained.dit, registry, sampling, noise_labels=noise_labels)),
-        sampling,
-    )
+    return registry, generated_effects(trained, sampling), sampling
 
 
 def _validation_conditions(adata: Any, registry: Registry, seed: int) -> list[Condition]:

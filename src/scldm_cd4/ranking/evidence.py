@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.noise import stream
 from scldm_cd4.ranking.effects import MIN_OBSERVED, Change, Context, Observed, jackknife_variance
 from scldm_cd4.ranking.scoring import Scorer
-from scldm_cd4.registry import Registry
+from scldm_cd4.registry import Attribute, Registry
 
 MIN_CONDITIONS = 10
 """Held-out conditions that an estimate of the model's error needs."""
@@ -113,15 +114,8 @@ def held_out_conditions(
     """Return ranked conditions that have enough given cells and no training cells, at most `MAX_CONDITIONS`."""
     if adata is None or not registry.train_counts:
         return []
-    columns = [
-        np.array(["all"] * len(adata.obs), dtype=object)
-        if a.column is None
-        else (lambda read: np.array(read[1], dtype=object)[read[0]])(read_labels(adata.obs, a.column, f"{a.role}_key"))
-        for a in registry.attributes
-    ]
+    columns = [_labels(adata.obs, attribute) for attribute in registry.attributes]
     ranked, places = set(names), set(contexts)
-    import pandas as pd
-
     sizes = pd.Series(1, index=range(len(adata.obs))).groupby(columns).sum()
     found = [
         (str(name), (str(donor), str(timepoint)))
@@ -135,6 +129,14 @@ def held_out_conditions(
         chosen = stream(seed, ("held out",), 0, "reliability").choice(len(found), MAX_CONDITIONS, replace=False)
         found = [found[i] for i in np.sort(chosen)]
     return found
+
+
+def _labels(obs: Any, attribute: Attribute) -> NDArray[np.object_]:
+    """Return the labels of cells as strings, those of any kind of column."""
+    if attribute.column is None:
+        return np.full(len(obs), attribute.levels[0], dtype=object)
+    codes, levels = read_labels(obs, attribute.column, f"{attribute.role}_key")
+    return np.array(levels, dtype=object)[codes]
 
 
 def gene_names(registry: Registry, hit: NDArray[np.bool_]) -> tuple[str, str]:

@@ -15,14 +15,14 @@ from scldm_cd4.sampling import Sampler, Sampling
 
 
 def generated_effects(
-    trained: Trained, sampling: Sampling, summariser: Summariser, workers: int | None = None
+    trained: Trained, sampling: Sampling, summariser: Summariser | None = None, workers: int | None = None
 ) -> Generated:
     """Return effects from generated cells whose noise is keyed by the context alone.
 
     A perturbation and its control then share all noise.
     """
     sampler = Sampler(trained.vae, trained.dit, trained.registry, sampling, noise_labels=_context)
-    return Generated(sampler, summariser, workers)
+    return Generated(sampler, summariser or Summariser(), workers)
 
 
 def _context(labels: tuple[str | None, ...]) -> tuple[str | None, ...]:
