@@ -11,6 +11,13 @@ from sphinx.domains.python import PyXRefRole
 
 import scldm_cd4
 
+HERE = Path(__file__).resolve().parent
+for old in HERE.glob("tutorials/*.ipynb"):
+    old.unlink()
+for notebook in HERE.parent.glob("tutorials/*.ipynb"):  # at the top level, where people look for them; links fit there
+    page = HERE / "tutorials" / notebook.name
+    page.write_text(notebook.read_text(encoding="utf-8").replace("](../docs/", "](../"), encoding="utf-8")
+
 project = "scldm_cd4"
 author = "The scldm_cd4 developers"
 copyright = f"2026, {author}"
@@ -65,17 +72,13 @@ default_role = "own"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
-nb_execution_raise_on_error = True
-nb_execution_timeout = 900
-nb_execution_show_tb = True
+nb_execution_mode = "off"  # tutorials hold their outputs
 nb_merge_streams = True
-suppress_warnings = ["myst-nb.lexer"]  # of pages that were not run
 
 html_theme = "sphinx_book_theme"
 html_title = "scldm_cd4"
 html_static_path = ["_static"]
+html_css_files = ["style.css"]
 html_theme_options = {
     "home_page_in_toc": True,
     "show_navbar_depth": 1,

@@ -6,7 +6,7 @@ from pathlib import Path
 from scldm_cd4 import pl
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "tutorials"))
+sys.path.insert(0, str(HERE.parent / "tutorials"))
 from _shared import simulated_cells, trained_model  # noqa: E402 - found by the line above
 
 OUT = HERE / "_static" / "real_vs_generated_SIMULATED.png"

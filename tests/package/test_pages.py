@@ -10,7 +10,7 @@ import pytest
 from scldm_cd4.cli import _main
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "tutorials/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("start", "data", "conditions", "numbers", "howto")
 """Pages whose blocks run one after the other on the names that examples share."""
 NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->\n")
@@ -19,15 +19,13 @@ NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->\n")
 def blocks(path: Path, language: str) -> list[tuple[bool, str]]:
     """Return the code of a page, and whether it is meant to run."""
     text = path.read_text(encoding="utf-8")
-    found = re.finditer(
-        rf"(<!-- not run: [^>]+ -->\n)?^```(?:\{{code-cell\}} )?{language}\n(.*?)^```", text, re.M | re.S
-    )
+    found = re.finditer(rf"(<!-- not run: [^>]+ -->\n)?^```{language}\n(.*?)^```", text, re.M | re.S)
     return [(match[1] is None, match[2]) for match in found]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_python_blocks_compile(path: Path):
-    for _, code in blocks(path, "i?python3?"):
+    for _, code in blocks(path, "python"):
         compile(code, str(path), "exec")
 
 
@@ -61,6 +59,7 @@ def test_links_between_files_lead_somewhere():
 def test_every_page_is_in_a_table_of_contents():
     pages = sorted((ROOT / "docs").rglob("*.md"))
     pages = [page for page in pages if "_build" not in page.parts and page.name != "index.md"]
+    pages += [ROOT / "docs/tutorials" / notebook.name for notebook in (ROOT / "tutorials").glob("*.ipynb")]
     listed = [
         (toctree.parent / line).resolve()
         for toctree in (ROOT / "docs").rglob("index.md")
