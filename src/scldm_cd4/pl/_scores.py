@@ -23,7 +23,8 @@ from scldm_cd4.pl._figure import (
 
 MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
 BEYOND = (-1.5, 1.5)
-"""Scores beyond this are drawn at the edge, with an arrow and their number."""
+"""Scores beyond this are drawn at the edge, those of the cells with an arrow and their number."""
+EDGE = "score (marks at the edge lie beyond it)"
 
 
 def metric_bars(
@@ -82,7 +83,7 @@ def metric_bars(
     scores = score(table, baseline, intervals=intervals, n_boot=200, seed=seed)
     names = _names(scores, metrics)
     marks = _others(table, baseline, others)
-    ax = new_axes((6.4, 1.5 + 0.34 * len(names))) if ax is None else ax
+    ax = new_axes((7.6, 1.5 + 0.34 * len(names))) if ax is None else ax
     y = np.arange(len(names))
     rows = scores.loc[names]
     value, resolved = rows["score"].to_numpy(dtype=np.float64), rows["is_resolved"].to_numpy(dtype=bool)
@@ -96,15 +97,13 @@ def metric_bars(
         low, high = (np.clip(rows[f"score_{side}"].to_numpy(dtype=np.float64), *BEYOND) for side in ("low", "high"))
         ax.hlines(y, low, high, color=INK, lw=1.2, zorder=4)
     for i in np.flatnonzero((value < BEYOND[0]) | (value > BEYOND[1])):
-        end, side = (BEYOND[0], "left") if value[i] < 0 else (BEYOND[1], "right")
+        end, side = (BEYOND[0] + 0.06, "left") if value[i] < 0 else (BEYOND[1] - 0.06, "right")
         text = f"← {value[i]:.1f}" if side == "left" else f"{value[i]:.1f} →"
-        ax.text(end, y[i], text, ha=side, va="center", fontsize=7.5, color=INK, zorder=5)
-    for (name, place), mark, colour in zip(marks.items(), MARKS, (REAL, *COLOURS[2:], GREY), strict=False):
-        at = place.reindex(names)["score"].to_numpy(dtype=np.float64)
-        inside = (at >= BEYOND[0]) & (at <= BEYOND[1])
-        label = plain(name.replace("_", " "))
-        ax.plot(at[inside], y[inside], mark, ms=5, mfc="white", mec=colour, mew=1.3, ls="", label=label, zorder=3)
-    _frame(ax, rows, names, baseline)
+        ax.text(end, y[i] - 0.17, text, ha=side, va="center", fontsize=7, color=INK, zorder=5)  # above the interval
+    places = {name: place.reindex(names)["score"].to_numpy(dtype=np.float64) for name, place in marks.items()}
+    _mark(ax, places, y)
+    beyond = any((np.abs(at) > BEYOND[1]).any() for at in places.values())
+    _frame(ax, rows, names, baseline, EDGE if beyond else "score")
     ax.set_title(title)
     return finish(ax, save)
 
@@ -143,7 +142,16 @@ def _others(table: Any, baseline: str, others: Sequence[str] | None) -> dict[str
     }
 
 
-def _frame(ax: Any, rows: Any, names: Sequence[str], baseline: str) -> None:
+def _mark(ax: Any, scores: dict[str, np.ndarray], y: np.ndarray) -> None:
+    """Mark scores of baselines; those at the edge stand one below the other."""
+    steps = 0.16 * (np.arange(len(scores)) - (len(scores) - 1) / 2)
+    for (name, at), step, mark, colour in zip(scores.items(), steps, MARKS, (REAL, *COLOURS[2:], GREY), strict=False):
+        place, beside = np.clip(at, *BEYOND), np.where(np.abs(at) > BEYOND[1], step, 0.0)
+        style = {"ms": 5, "mfc": "white", "mec": colour, "mew": 1.3, "ls": "", "zorder": 3, "clip_on": False}
+        ax.plot(place, y + beside, mark, label=plain(name.replace("_", " ")), **style)
+
+
+def _frame(ax: Any, rows: Any, names: Sequence[str], baseline: str, xlabel: str) -> None:
     from scldm_cd4.metrics.registry import METRICS
 
     def better(name: str) -> str:
@@ -156,9 +164,13 @@ def _frame(ax: Any, rows: Any, names: Sequence[str], baseline: str) -> None:
     ax.set_yticks(
         range(len(names)), [f"{name} {better(name)}  {rows['value'][name]:.3g}" for name in names], fontsize=8
     )
-    ax.set(ylim=(len(names) - 0.4, -0.6), xlim=(min(low, -0.15), max(high, 1.15)), xlabel="score")
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlim=(min(low, -0.15), max(high, 1.15)), xlabel=xlabel)
     upper = ax.secondary_xaxis("top")
-    upper.set_xticks([0, 1], [plain(f"baseline: {baseline}", 40), "repeat of the\nexperiment"], fontsize=8)
+    upper.set_xticks(
+        [0, 1], [f"baseline:\n{plain(baseline.replace('_', ' '))}", "repeat of the\nexperiment"], fontsize=8
+    )
+    for label, side in zip(upper.get_xticklabels(), ("right", "left"), strict=True):
+        label.set_horizontalalignment(side)  # away from each other, however near 0 and 1 are on the paper
     upper.tick_params(length=0)
     upper.spines["top"].set_visible(False)
     ax.tick_params(axis="y", length=0)
