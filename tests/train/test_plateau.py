@@ -64,15 +64,10 @@ def test_profile_is_the_mean_with_fitted_dispersion(cells_of, job):
     assert latent_use(vae, data, best).mean_profile == best
 
 
-def test_latents_are_those_of_single_cells_and_may_lie_in_a_file(job, tmp_path):
+def test_latents_are_those_of_single_cells(job):
     vae, rows = job.vae().eval(), np.array([5, 1, 30, 2])
     whole = encode_rows(vae, job.cells, rows)
     assert whole.shape == (4, 4, 4)
     assert whole.dtype == torch.float32
     for i in range(len(rows)):
         torch.testing.assert_close(encode_rows(vae, job.cells, rows[i : i + 1], batch_size=1)[0], whole[i])
-    mapped = encode_rows(vae, job.cells, rows, max_bytes=10, path=tmp_path / "z.bin")
-    assert torch.equal(mapped, whole)
-    assert (tmp_path / "z.bin").stat().st_size == whole.nbytes
-    with pytest.raises(ValueError, match="max_bytes"):
-        encode_rows(vae, job.cells, rows, max_bytes=10)

@@ -14,6 +14,7 @@ from scldm_cd4.nn import VAE
 from scldm_cd4.nn import sparse as sparse_module
 from scldm_cd4.nn.sparse import SparseEncoder
 from scldm_cd4.train import latents as latents_module
+from scldm_cd4.train.latent_cache import cached_latents
 from scldm_cd4.train.latents import CellEncoder, encode, encode_rows, latent_bytes
 from scldm_cd4.train.loaders import CountBatches
 
@@ -162,13 +163,12 @@ def test_cached_latents_need_room(job, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(latents_module, "free_memory", lambda: 100)
     with pytest.raises(DataError, match=r"latents of 10 cells.*memory.*checkpoint_dir"):
         encode(vae, data)
-    path = tmp_path / "z.bin"
-    in_file = encode(vae, data, max_bytes=100, path=path)
-    assert path.stat().st_size == in_file.nbytes == 640
-    monkeypatch.setattr(latents_module.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(100))
-    with pytest.raises(DataError, match="latents of 10 cells.*disk.*fewer cells"):
-        encode(vae, data, max_bytes=100, path=path)
-    assert not path.exists()
-    assert in_file.isfinite().all()
     monkeypatch.setattr(latents_module, "free_memory", lambda: None)  # a system that does not say
+    path = tmp_path / "z.bin"
+    in_file = cached_latents(vae, job.cells, np.arange(10), path)
+    assert path.stat().st_size == in_file.nbytes == 640
     assert torch.equal(encode(vae, data), in_file)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(100))
+    with pytest.raises(DataError, match="latents of 9 cells.*disk.*fewer cells"):
+        cached_latents(vae, job.cells, np.arange(9), path)
+    assert not path.exists()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scldm_cd4._errors import DataError
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.checkpoint_io import write_json
-from scldm_cd4.train.latents import CellEncoder, encode_rows, latent_bytes, reserve
+from scldm_cd4.train.latents import GIB, CellEncoder, encode_rows, latent_bytes
 from scldm_cd4.train.launch import processes, wait_for_all
 
 BLOCK = 16_384
@@ -49,7 +52,7 @@ def cached_latents(vae: VAE, cells: CellData, rows: NDArray[np.int64], path: Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0 and not (path.is_file() and path.stat().st_size == size and _records(path, key)):
         discard(path)
-        reserve(path, size, len(rows))
+        _reserve(path, size, len(rows))
         write_json(_record(path, 0), {"key": key, "crc": {}})
     wait_for_all()
     known = _records(path, key)
@@ -70,6 +73,25 @@ def discard(path: Path) -> None:
     """Remove the file and its records."""
     for file in (path, *path.parent.glob(f"{path.stem}.*.json")):
         file.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int, n: int) -> None:
+    """Take the disk space at once: a mapped file that outgrows its disk kills the process."""
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    try:
+        if size > free:
+            raise OSError("the disk is too full")
+        with path.open("wb") as handle:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, size)
+            handle.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise DataError(
+            f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB are free at {path.parent}: "
+            f"{error}. Choose another checkpoint_dir or use fewer cells"
+        ) from error
 
 
 def _record(path: Path, rank: int) -> Path:

@@ -1,7 +1,5 @@
-"""Latents of many cells: each is encoded once, and kept in memory or, above a size, in a memory-mapped file."""
+"""Latents of many cells and back, in batches without gradients."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -80,8 +78,6 @@ def encode_rows(
     rows: NDArray[np.int64],
     *,
     batch_size: int | None = None,
-    max_bytes: int | None = None,
-    path: str | Path | None = None,
     encoder: CellEncoder | None = None,
 ) -> Tensor:
     """Encode cells by all their counts; see `encode`.
@@ -91,18 +87,11 @@ def encode_rows(
     rows
         Rows of `cells`, in the order of the result.
     """
-    data = CountBatches(cells, rows, expressed=True)
-    return encode(vae, data, batch_size=batch_size, max_bytes=max_bytes, path=path, encoder=encoder)
+    return encode(vae, CountBatches(cells, rows, expressed=True), batch_size=batch_size, encoder=encoder)
 
 
 def encode(
-    vae: VAE,
-    data: CountBatches,
-    *,
-    batch_size: int | None = None,
-    max_bytes: int | None = None,
-    path: str | Path | None = None,
-    encoder: CellEncoder | None = None,
+    vae: VAE, data: CountBatches, *, batch_size: int | None = None, encoder: CellEncoder | None = None
 ) -> Tensor:
     """Encode cells in batches on the device of the network.
 
@@ -112,8 +101,6 @@ def encode(
         The cells, in the order of the result.
     batch_size
         Cells at a time; None goes by the number of genes.
-    max_bytes, path
-        A result larger than this is kept in a memory-mapped file at `path`.
     encoder
         Of the present weights, where more calls follow; None builds it.
 
@@ -123,52 +110,21 @@ def encode(
 
     Raises
     ------
-    ValueError
-        The result is larger than `max_bytes` and there is no `path`.
     DataError
-        The result fits neither the free memory nor, with `path`, the disk.
+        The result does not fit the free memory.
     """
-    out = _allocate(vae.config, len(data), max_bytes, None if path is None else Path(path))
+    n, config = len(data), vae.config
+    size, free = latent_bytes(config, n), free_memory()
+    if free is not None and size > free:  # said before the work
+        raise DataError(
+            f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB of memory are free; "
+            "give checkpoint_dir= to train(), which keeps them in a file there, or use fewer cells"
+        )
+    out = torch.empty(n, config.latent_tokens, config.n_channels)
     encoder = encoder or CellEncoder(vae)
-    for index in chunks(len(data), batch_size or inference_batch_size(vae.n_genes)):
+    for index in chunks(n, batch_size or inference_batch_size(vae.n_genes)):
         out[index[0] : index[-1] + 1] = encoder(data.seen(index)).cpu()
     return out
-
-
-def _allocate(config: VAEConfig, n: int, max_bytes: int | None, path: Path | None) -> Tensor:
-    """Make room for the latents of n cells, or say before the work that there is none."""
-    shape, size = (n, config.latent_tokens, config.n_channels), latent_bytes(config, n)
-    if max_bytes is None or size <= max_bytes:
-        free = free_memory()
-        if free is not None and size > free:
-            raise DataError(
-                f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB of memory are free; "
-                "give checkpoint_dir= to train(), which keeps them in a file there, or use fewer cells"
-            )
-        return torch.empty(shape)
-    if path is None:
-        raise ValueError(f"latents of shape {shape} take more than max_bytes={max_bytes}: give a path for a file")
-    reserve(path, size, n)
-    return torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32).view(shape)
-
-
-def reserve(path: Path, size: int, n: int) -> None:
-    """Take the disk space at once: a mapped file that outgrows its disk kills the process."""
-    path.unlink(missing_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    try:
-        if size > free:
-            raise OSError("the disk is too full")
-        with path.open("wb") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, size)
-            handle.truncate(size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise DataError(
-            f"the latents of {n:,} cells take {size / GIB:.1f} GiB and {free / GIB:.1f} GiB are free at {path.parent}: "
-            f"{error}. Choose another checkpoint_dir or use fewer cells"
-        ) from error
 
 
 def free_memory() -> int | None:
