@@ -76,7 +76,7 @@ class State:
             self.familiarity = Familiarity.fit(self.vae, cells, split, seed)
         self.history |= result.history
         self.record.pop("reliability", None)
-        self._remember(result, split, stage)
+        self._remember(result, split)
         return result
 
     def _take_what_is_good(self, vae: VAE, start: Mapping[str, Tensor], made: list[DiT], registry: Registry) -> None:
@@ -98,7 +98,7 @@ class State:
         with isolated_rng(0):
             return self._new_vae(0), self._new_dit()
 
-    def _remember(self, result: "TrainResult", split: Split, stage: str) -> None:
+    def _remember(self, result: "TrainResult", split: Split) -> None:
         facts = {"seed": result.seed, "interrupted": result.interrupted, "split": split.spec}
         for name in result.history:
             other = "flow:" if name == "vae" else "vae:"

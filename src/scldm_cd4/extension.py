@@ -49,7 +49,6 @@ class Prior:
 
     mean: Tensor
     sd: float
-    n_levels: int
 
 
 def new_levels(registry: Registry, given: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -106,7 +105,8 @@ def extend(
     registry = state.registry.with_levels(levels)
     cells = None if adata is None else _cells_of(adata, registry, state.registry, levels)
     for role, labels in levels.items():
-        _warn_without_cells(registry, role, labels, cells, state)
+        if cells is None:
+            _warn_without_cells(state.registry, role, labels)
     new = _grown(state, registry, levels)
     if cells is not None:
         rows = np.arange(cells.n_cells)
@@ -166,17 +166,13 @@ def _cells_of(adata: Any, registry: Registry, before: Registry, levels: Mapping[
     return cells
 
 
-def _warn_without_cells(
-    registry: Registry, role: str, labels: Sequence[str], cells: CellData | None, state: State
-) -> None:
-    if cells is None:
-        known = _trained_codes(state.registry, role)
-        warnings.warn(
-            f"no cells of the new {role} {', '.join(map(repr, labels))} were given: cells are generated as of the "
-            f"average of {len(known)} trained {role} levels, and nothing of its own is known",
-            UserWarning,
-            stacklevel=4,
-        )
+def _warn_without_cells(before: Registry, role: str, labels: Sequence[str]) -> None:
+    warnings.warn(
+        f"no cells of the new {role} {', '.join(map(repr, labels))} were given: cells are generated as of the average "
+        f"of {len(_trained_codes(before, role))} trained {role} levels, and nothing of its own is known",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _trained_codes(registry: Registry, role: str) -> list[int]:
@@ -196,7 +192,7 @@ def _prior(state: State, role: str) -> Prior:
     assert state.dit is not None
     known = _table(state.dit, role).detach()[_trained_codes(state.registry, role)]
     sd = float(known.std(0, unbiased=True).square().mean().sqrt()) if len(known) > 1 else 0.0
-    return Prior(known.mean(0), sd or state.config.flow.label_std, len(known))
+    return Prior(known.mean(0), sd or state.config.flow.label_std)
 
 
 def _grown(state: State, registry: Registry, levels: Mapping[str, list[str]]) -> State:

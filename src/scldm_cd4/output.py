@@ -122,7 +122,7 @@ def label_columns(
 def evidence(registry: Registry, labels: tuple[str | None, ...]) -> tuple[int, int]:
     """Return the training cells, and the contexts with training cells, that agree with labels (None: any)."""
     donor, timepoint, perturbation = labels
-    n = contexts = 0
+    n = 0
     trained = registry.train_counts
     chosen = trained.values() if perturbation is None else [trained.get(perturbation, {})]
     seen = set()
@@ -132,8 +132,7 @@ def evidence(registry: Registry, labels: tuple[str | None, ...]) -> tuple[int, i
                 if count > 0:
                     seen.add((d, t))
                     n += count * (donor in (None, d) and timepoint in (None, t))
-    contexts = len(seen)
-    return n, contexts
+    return n, len(seen)
 
 
 def _evidence(

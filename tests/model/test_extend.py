@@ -160,7 +160,7 @@ def test_fitted_rows_explain_the_cells_better(trained: Any) -> None:
     shape = (400, trained.config.vae.latent_tokens, trained.config.vae.n_channels)
     latents = torch.randn(shape, generator=generator) * 0.3 + torch.linspace(-1, 1, shape[2])
     labels = torch.tensor([[0, 0, 0]]).repeat(400, 1)
-    prior = Prior(dit.class_embeddings["donor"].weight.detach()[0], 0.5, 1)
+    prior = Prior(dit.class_embeddings["donor"].weight.detach()[0], 0.5)
     fitted = fit_embeddings(dit, latents, labels, {"donor": ([0], prior)}, seed=0, n_steps=60)["donor"]
     assert torch.equal(fitted[1:], dit.class_embeddings["donor"].weight.detach()[1:])
     noise, t = torch.randn(shape, generator=generator), torch.rand(400, generator=generator)

@@ -87,7 +87,7 @@ def read_reference(source: str | Path, options: Options) -> Pretrained:
     CheckpointError
         Something is missing, damaged, or does not fit; all that does not fit is named.
     """
-    path = _weights_file(Path(source).expanduser(), options.allow_pickle)
+    path = _weights_file(Path(source).expanduser())
     _verify(path.parent)
     job = jobs.Job.read(path.parent / CONFIG) if (path.parent / CONFIG).exists() else None
     tensors = _open(path, options.allow_pickle)
@@ -117,7 +117,7 @@ def _candidates(folder: Path) -> list[Path]:
     return [p for p in [*first, *others] if p.exists()]
 
 
-def _weights_file(source: Path, allow_pickle: bool) -> Path:
+def _weights_file(source: Path) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():

@@ -33,8 +33,3 @@ def expressed_batch(counts: Any) -> tuple[np.ndarray, np.ndarray]:
     genes[row, place] = csr.indices + 1
     values[row, place] = csr.data
     return genes, values
-
-
-def dense_batch(counts: Any) -> np.ndarray:
-    """Return counts of all genes, float32, shape (B, n_genes), from a sparse matrix."""
-    return np.asarray(counts.toarray(), dtype=np.float32)

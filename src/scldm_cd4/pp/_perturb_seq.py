@@ -84,7 +84,7 @@ def read_perturb_seq(
     >>> read.uns["perturb_seq"]["n_dropped"]
     0
     """
-    adata, place = _open(source, backed)
+    adata, place = _open(source)
     for name in (*COLUMNS, label):
         get_column(adata.obs, name, "a public column")
     low, none, multi = _low_quality(adata.obs), *_guides(adata.obs)
@@ -124,7 +124,7 @@ def _add(adata: Any, columns: dict[str, Any], facts: dict[str, Any]) -> None:
     adata.uns[FACTS] = facts
 
 
-def _open(source: Any, backed: bool) -> tuple[Any, str]:
+def _open(source: Any) -> tuple[Any, str]:
     if isinstance(source, str | Path):
         from scldm_cd4.data.files import open_h5ad
 
