@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,10 @@ def open_h5ad(path: str | Path, backed: bool = False, *, max_bytes: int = MAX_BY
     import h5py
 
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is not a file")
-    try:
+    with _readable(path):
         with h5py.File(path, "r") as file:
             _inspect(file, backed, max_bytes)
         return ad.read_h5ad(path, backed="r" if backed else None)
-    except DataError as error:
-        raise DataError(f"{path} is refused: {error}") from None
-    except Exception as error:
-        raise DataError(
-            f"{path} cannot be read as h5ad, it is damaged, truncated or of another kind: {error}"
-        ) from error
 
 
 def open_group(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -94,18 +87,25 @@ def open_group(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
             return zarr.open_group(str(path), mode="r")
         except Exception as error:
             raise DataError(f"{path} cannot be read as a zarr store: {error}") from error
+    with _readable(path):
+        file = h5py.File(path, "r")
+        _inspect(file, True, max_bytes, loaded=("/obs/", "/var/"))
+    return file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with an h5ad file into a DataError that names it."""
     if not path.is_file():
         raise DataError(f"{path} is not a file")
     try:
-        file = h5py.File(path, "r")
-        _inspect(file, True, max_bytes, loaded=("/obs/", "/var/"))
+        yield
     except DataError as error:
         raise DataError(f"{path} is refused: {error}") from None
     except Exception as error:
         raise DataError(
             f"{path} cannot be read as h5ad, it is damaged, truncated or of another kind: {error}"
         ) from error
-    return file
 
 
 def _inspect(file: Any, backed: bool, max_bytes: int, loaded: tuple[str, ...] = ()) -> None:
