@@ -80,7 +80,7 @@ def test_intervals_and_rates_hold_on_known_truth(ranked: Any, simulator: Any) ->
     """Many candidates through the parts of the ranking that do not know the model."""
     from scldm_cd4.ranking.evidence import Reliability
     from scldm_cd4.ranking.scoring import Group, Scorer
-    from scldm_cd4.ranking.table import group_table
+    from scldm_cd4.ranking.table import Criteria, group_table
     from scldm_cd4.ranking.targets import Part, Profile
 
     registry = ranked._state.registry
@@ -97,19 +97,10 @@ def test_intervals_and_rates_hold_on_known_truth(ranked: Any, simulator: Any) ->
     scorer = Scorer(group, (Part("target", 1.0, target),), controls, 0)
     everything, nothing = np.ones(n_genes, dtype=bool), np.zeros(n_genes, dtype=bool)
     rows = [scorer.row(c, everything, nothing) for c in source.changes(names, controls, 40)]
-    table = group_table(
-        registry,
-        group,
-        names,
-        rows,
-        sign=1.0,
-        reached=np.zeros(len(names), dtype=int),
-        reliability=Reliability.unknown("simulated"),
-        n_boot=100,
-        top_k=20,
-        min_effect=None,
-        seed=0,
-    ).set_index("perturbation")
+    criteria = Criteria(1.0, 100, 20, None, 0, Reliability.unknown("simulated"))
+    table = group_table(registry, group, names, rows, np.zeros(len(names), dtype=int), criteria).set_index(
+        "perturbation"
+    )
     true = pd.Series(truth)[table.index]
     covered = (table["score_lo"] <= true) & (true <= table["score_hi"])
     assert 0.85 < covered.mean() < 0.95

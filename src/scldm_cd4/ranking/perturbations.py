@@ -29,7 +29,7 @@ from scldm_cd4.ranking.population import Population, latent_embedding
 from scldm_cd4.ranking.racing import race, rounds
 from scldm_cd4.ranking.scoring import Group, Row, Scorer
 from scldm_cd4.ranking.sources import effect_source
-from scldm_cd4.ranking.table import donor_note, flagged, group_table
+from scldm_cd4.ranking.table import Criteria, donor_note, flagged, group_table
 from scldm_cd4.ranking.targets import MIN_CELLS, Part, Profile, Reader
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling
@@ -165,10 +165,9 @@ def rank_perturbations(
     reached = race(names, sizes, evaluate, top_k)
     unknown = f"not looked at: effects are {source.name}" if source.name != GENERATED else "no held-out cells"
     reliability = Reliability.unknown(unknown) if held_out is None else held_out.reliability()
-    judged: dict[str, Any] = {"n_boot": n_boot, "top_k": top_k, "min_effect": min_effect, "seed": sampling.seed}
-    judged |= {"sign": sign, "reached": reached, "reliability": reliability}
+    criteria = Criteria(sign, n_boot, top_k, min_effect, sampling.seed, reliability)
     tables = [
-        group_table(registry, group, names, [rows[name][i] for name in names], **judged)
+        group_table(registry, group, names, [rows[name][i] for name in names], reached, criteria)
         for i, group in enumerate(groups)
     ]
     table = flagged(pd.concat(tables, ignore_index=True), off_target)

@@ -1,6 +1,7 @@
 """The table of a ranking."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,26 @@ from scldm_cd4.registry import Registry
 Z90 = 1.6449
 
 
+@dataclass(frozen=True)
+class Criteria:
+    """By what scores are judged; the names are those of `CD4Model.rank_perturbations`."""
+
+    sign: float
+    """1 toward the target, -1 away from it."""
+    n_boot: int
+    top_k: int
+    min_effect: float | None
+    seed: int
+    reliability: Reliability
+
+
 def group_table(
     registry: Registry,
     group: Group,
     names: Sequence[str],
     rows: Sequence[Row | None],
-    *,
-    sign: float,
     reached: np.ndarray,
-    reliability: Reliability,
-    n_boot: int,
-    top_k: int,
-    min_effect: float | None,
-    seed: int,
+    criteria: Criteria,
 ) -> pd.DataFrame:
     """Return the ranked perturbations of one group of contexts, best first.
 
@@ -37,8 +45,6 @@ def group_table(
     ----------
     rows
         Scores of `names`; None where there is no effect.
-    sign
-        1 toward the target, -1 away from it.
     reached
         Last round of a race of each name.
     """
@@ -48,11 +54,9 @@ def group_table(
     symbols = [gene_names(registry, target_genes(registry, name)) for name in names]
     table.insert(1, "gene_symbol", [x[0] for x in symbols])
     table.insert(2, "gene_id", [x[1] for x in symbols])
-    if good:
-        found = _judged(good, sign, reliability, n_boot=n_boot, top_k=top_k, min_effect=min_effect, seed=seed)
-        table = table.join(found.set_axis(np.flatnonzero(ok)))
-    else:
+    if not good:
         raise DataError(f"no perturbation has an effect that can be scored in {group.donor}, {group.timepoint}")
+    table = table.join(_judged(good, criteria).set_axis(np.flatnonzero(ok)))
     table["passes_min_effect"] = table["passes_min_effect"].eq(True)
     seen = [[evidence(registry, (*c, name))[0] for c in group.contexts] for name in names]
     table["n_train_cells"] = [sum(n) for n in seen]
@@ -76,26 +80,17 @@ def _symbol(registry: Registry, g: int) -> str:
     return gene_names(registry, hit)[0] or registry.genes[g]
 
 
-def _judged(
-    rows: Sequence[Row],
-    sign: float,
-    reliability: Reliability,
-    *,
-    n_boot: int,
-    top_k: int,
-    min_effect: float | None,
-    seed: int,
-) -> pd.DataFrame:
+def _judged(rows: Sequence[Row], criteria: Criteria) -> pd.DataFrame:
+    sign = criteria.sign
     donors = list(dict.fromkeys(d for row in rows for d in row.by_donor))
     by_donor = sign * np.array([[row.by_donor.get(d, np.nan) for d in donors] for row in rows])
     without = sign * np.array([[row.without_donor.get(d, np.nan) for d in donors] for row in rows])
     score = sign * np.array([row.score for row in rows])
-    sure = assess(
-        Spread(score, tuple(sign * row.folds for row in rows), without), n_boot=n_boot, top_k=top_k, seed=seed
-    )
+    spread = Spread(score, tuple(sign * row.folds for row in rows), without)
+    sure = assess(spread, n_boot=criteria.n_boot, top_k=criteria.top_k, seed=criteria.seed)
     chance = np.array([row.chance for row in rows])
     mean, sd, q05, q95 = sign * chance[:, 0], chance[:, 1], *(sign * chance[:, 2:].T)
-    model = np.array([reliability.model_sd(row.score, len(row.contexts)) for row in rows])
+    model = np.array([criteria.reliability.model_sd(row.score, len(row.contexts)) for row in rows])
     known = np.nan_to_num(model)
     p_chance = p_values(score - mean, np.hypot(np.fmax(sd, sure.se_total), known), sure.df)
     z_genes = sign * np.array([row.z_genes for row in rows])
@@ -112,7 +107,7 @@ def _judged(
     table |= {"z": (score - mean) / np.maximum(sd, 1e-300), "z_genes": z_genes}
     table |= {"pval": pval, "fdr": false_discovery_rates(pval)}
     table |= {"effect_size": size, "effect_ratio": size / np.maximum(typical, 1e-300)}
-    table |= {"passes_min_effect": size > (large if min_effect is None else min_effect)}
+    table |= {"passes_min_effect": size > (large if criteria.min_effect is None else criteria.min_effect)}
     table |= {"cosine": sign * np.array([row.cosine for row in rows])}
     with np.errstate(invalid="ignore"):
         agree = (np.sign(by_donor) == np.sign(score)[:, None]).sum(axis=1)
