@@ -9,7 +9,17 @@ import numpy as np
 from scldm_cd4.metrics._pseudobulk import Key
 from scldm_cd4.metrics._report_cells import Places, Quality, Recovery, Scored
 from scldm_cd4.metrics.registry import METRICS
-from scldm_cd4.pl._figure import GENERATED, GREY, INK, REAL, REST, SIGNIFICANT, histograms, name_points, plain
+from scldm_cd4.pl._figure import (
+    GENERATED,
+    GREY,
+    INK,
+    REAL,
+    SIGNIFICANT,
+    agreement_lines,
+    histograms,
+    name_points,
+    plain,
+)
 
 N_LABELS = 8
 """Genes that are named in a scatter of shifts."""
@@ -126,9 +136,7 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
         real, pred, keep = shifts.real[row], shifts.pred[row], shifts.keep[row]
         hit = significant[row] & keep
         limit = 1.12 * max(np.abs(real).max(), np.abs(pred).max(), 1e-6)
-        ax.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
-        ax.axhline(0, color=REST, lw=0.7, zorder=0)
-        ax.axvline(0, color=REST, lw=0.7, zorder=0)
+        agreement_lines(ax)
         rest = keep & ~hit
         ax.scatter(real[rest], pred[rest], s=9, c=GREY, alpha=0.45, linewidths=0, label="gene")
         ax.scatter(
@@ -218,9 +226,7 @@ def recovery(found: Recovery, rows: Sequence[int]) -> Any:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncol=3, frameon=False)
     x, guess = found.real.log2_fold_change[real], found.pred.log2_fold_change[real]
     limit = 1.08 * max(np.quantile(np.abs(np.concatenate([x, guess, [0.1]])), 0.995), 0.1)
-    right.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
-    right.axhline(0, color=REST, lw=0.7, zorder=0)
-    right.axvline(0, color=REST, lw=0.7, zorder=0)
+    agreement_lines(right)
     clipped = np.clip(np.stack([x, guess]), -limit, limit)
     right.scatter(*clipped, s=9, c=SIGNIFICANT, alpha=0.5, linewidths=0)
     right.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")

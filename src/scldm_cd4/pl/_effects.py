@@ -13,7 +13,7 @@ from scldm_cd4.pl._figure import (
     GREY,
     INK,
     REAL,
-    REST,
+    agreement_lines,
     finish,
     name_points,
     new_axes,
@@ -101,9 +101,7 @@ def delta_scatter(
     r = safe_pearson(x[keep], y[keep])
     ax = new_axes((5.0, 5.0)) if ax is None else ax
     limit = 1.12 * max(np.abs(effects).max(), 1e-6)
-    ax.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
-    ax.axhline(0, color=REST, lw=0.7, zorder=0)
-    ax.axvline(0, color=REST, lw=0.7, zorder=0)
+    agreement_lines(ax)
     ax.scatter(x[keep], y[keep], s=12, c=REAL, alpha=0.5, linewidths=0, rasterized=True)
     if not keep.all():
         ax.scatter(x[~keep], y[~keep], s=36, c=INK, marker="x", lw=1.3, label="perturbed gene (left out of r)")

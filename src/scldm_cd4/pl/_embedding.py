@@ -88,7 +88,7 @@ def embedding(
     named
         Groups with a colour of their own, at most 7; the others are grey and lie below. None: all of them.
     title
-        Over the axes.
+        Of the plot; say here whether the cells are simulated.
     limits
         Cells x 2: the axes show the range of these coordinates; None for those drawn.
     size
@@ -98,7 +98,7 @@ def embedding(
     seed
         Of the order of drawing.
     ax
-        Axes to draw on; None makes a figure.
+        Axes to draw in; a new figure by default.
     save
         File to write the figure to.
 

@@ -67,6 +67,13 @@ def open_sides(ax: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def agreement_lines(ax: Any) -> None:
+    """Draw the line of equal values, and those of no change."""
+    ax.axline((0, 0), slope=1, color=GREY, lw=0.9, ls="--", zorder=0)
+    ax.axhline(0, color=REST, lw=0.7, zorder=0)
+    ax.axvline(0, color=REST, lw=0.7, zorder=0)
+
+
 def name_points(
     ax: Any,
     x: np.ndarray,
