@@ -151,18 +151,13 @@ def evaluate(
         size_factor_key=size_factor_key,
     )
     _warn_of_targets(truth, target_genes)
-    has_use = setting.train is not None and input_type == "counts" and (names or ceilings)
-    training = Training(setting.train, keys.control) if has_use and setting.train is not None else None
+    training = None
+    if setting.train is not None and input_type == "counts" and (names or ceilings):
+        training = Training(setting.train, keys.control)
     fitted_on, extra_notes = setting.fitted_on, setting.notes
     del setting  # copies of the scored cells are all that is needed from here
     found = _Found(truth, sample, training, n_repeats if ceilings else 0)
-    if n_shared := int(np.nansum(found.values.get("n_shared", 0))):
-        warnings.warn(
-            f"{n_shared} predicted cells equal a real cell of their condition: neighbour metrics and distances mean "
-            "nothing for copies of the scored cells",
-            UserWarning,
-            stacklevel=2,
-        )
+    _warn_of_copies(found)
     for name in names:
         found.add_baseline(name)
     table = _table(found, keys, extra_notes, not_scored)
@@ -247,6 +242,17 @@ def _warn_of_targets(truth: Truth, named: Mapping[str, str | None] | None) -> No
             f"the targets of {len(lost)} of {len(labels)} perturbations are not among the genes (e.g. {lost[:3]}); "
             "those of the others are left out of effects. If they go by other names, give target_genes={label: gene}; "
             "{label: None} says that there is none",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_copies(found: _Found) -> None:
+    """Say where predicted cells are real ones."""
+    if n_shared := int(np.nansum(found.values.get("n_shared", 0))):
+        warnings.warn(
+            f"{n_shared} predicted cells equal a real cell of their condition: neighbour metrics and distances mean "
+            "nothing for copies of the scored cells",
             UserWarning,
             stacklevel=3,
         )

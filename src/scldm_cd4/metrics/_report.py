@@ -100,8 +100,11 @@ def report(
         "context_keys": list(keys.context),
         "control": keys.control,
     }
-    reading = {"layer": layer, "input_type": input_type, "size_factor_key": size_factor_key, "genes": genes}
-    settings: dict[str, Any] = reading | {
+    settings: dict[str, Any] = {
+        "layer": layer,
+        "input_type": input_type,
+        "size_factor_key": size_factor_key,
+        "genes": genes,
         "target_genes": target_genes,
         "min_cells": min_cells,
         "n_components": n_components,
@@ -116,17 +119,11 @@ def report(
         raise DataError(f"table= is given, so {sorted(options)} would have no effect; leave one of them out")
     scored = Scored.read(sides, keys, **settings)
     table = parts.checked(table, scored, columns | settings)
+    title = title or f"Generated cells beside real cells: {len(scored.conditions)} conditions"
     rows = _choose(scored, show)
     is_simulated = any(bool(getattr(side, "uns", {}).get("simulated", False)) for side in sides.values())
-    made = [
-        *parts.scores(table, scored, is_simulated),
-        parts.deltas(scored, rows, is_simulated),
-        parts.plane(scored, is_simulated),
-        parts.recovery(scored, is_simulated),
-        parts.quality(scored, is_simulated),
-        _provenance(sides, table, scored, columns | settings),
-    ]
-    title = title or f"Generated cells beside real cells: {len(scored.conditions)} conditions"
+    provenance = _provenance(sides, table, scored, columns | settings)
+    made = [*parts.sections(table, scored, rows, is_simulated), provenance]
     _write(path, html.page(title, parts.head(scored, is_simulated), made))
     return path
 

@@ -81,6 +81,17 @@ def head(scored: Scored, simulated: bool) -> list[Element]:
     return [*banner, tag("p", text, class_="lead")]
 
 
+def sections(table_: Any, scored: Scored, rows: Sequence[int], simulated: bool) -> list[Element]:
+    """Show all but where it comes from; `rows` are the conditions with a scatter of their own."""
+    return [
+        *scores(table_, scored, simulated),
+        deltas(scored, rows, simulated),
+        plane(scored, simulated),
+        recovery(scored, simulated),
+        quality(scored, simulated),
+    ]
+
+
 def _drawn(figure: Any, simulated: bool, description: str, caption: str) -> Element:
     """Put a figure into the page; with simulated cells it says so itself, since figures travel alone."""
     if simulated:
