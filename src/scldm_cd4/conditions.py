@@ -119,7 +119,7 @@ def requested_levels(registry: Registry, role: str, value: Any) -> list[str]:
     UnknownCategoryError
         One is unknown or has no training cell.
     DataError
-        The list is empty.
+        The list is empty, or cells or a table are given in place of labels.
     """
     attribute = getattr(registry, role)
     return [level for level in _levels(registry, attribute, value, used=True) if level is not None]
@@ -129,6 +129,11 @@ def _levels(registry: Registry, attribute: Attribute, value: Any, used: bool) ->
     if value is None:
         untrained = registry.untrained(attribute.role) if registry.train_counts else ()
         return [x for x in attribute.levels if x not in untrained] if used else [None]
+    if hasattr(value, "obs") or hasattr(value, "columns"):
+        raise DataError(
+            f"{attribute.role} takes labels, got {type(value).__name__}: cells to give under other labels are for "
+            "cells=, a table of conditions for conditions="
+        )
     if isinstance(value, str | bytes) or np.ndim(value) == 0:
         value = [value]
     values = list(value)

@@ -186,6 +186,8 @@ def test_size_factors(trained: Any) -> None:
         ({"perturbation": "NOTAGENE"}, UnknownCategoryError, "'perturbation'"),
         ({"perturbation": "ntc"}, UnknownCategoryError, "Near matches: 'NTC'"),
         ({"perturbation": []}, DataError, "empty list"),
+        ({"perturbation": ad.AnnData(np.ones((2, 2)))}, DataError, "takes labels, got AnnData.*cells="),
+        ({"donor": pd.DataFrame({"donor_id": ["CE0008162"]})}, DataError, "takes labels, got DataFrame.*conditions="),
         ({"perturbation": [None]}, UnknownCategoryError, "None"),
         ({"donor": "D9"}, UnknownCategoryError, "CE0008162"),
         ({"genes": ["NOTAGENE"]}, GeneMismatchError, "NOTAGENE"),
