@@ -294,6 +294,8 @@ def test_a_default_run_on_many_cells_makes_the_target_steps_only(job):
         ({"plan_kwargs": {"flow": {"momentum": 1.0}}}, "momentum"),
         ({"max_epochs": {"vea": 1}}, "vea"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 8.0}, "batch_size must be a whole number"),
+        ({"max_epochs": 1.5}, "max_epochs must be a whole number"),
     ],
 )
 def test_unknown_settings_are_refused(job, options, message):

@@ -22,6 +22,8 @@ FloatArray = NDArray[np.float32]
 HEAD_SCALE = 0.1
 """Initial scale of the decoder's own logits, relative to torch's default."""
 RIDGE = 1e-3
+MIN_DEVIATION = 1e-6
+"""Below this standard deviation of the first component cells do not differ."""
 MAX_GENE_VALUE = 4.0
 """Gene vectors start as standardised loadings, cut off here."""
 
@@ -67,7 +69,7 @@ def principal_components(counts: FloatArray, rank: int, seed: int) -> Components
     _, singular, vectors = randomized_svd(values, min(rank, *(s - 1 for s in values.shape)), random_state=seed)
     shuffled = np.random.default_rng(seed).permuted(values, axis=0)
     noise = randomized_svd(shuffled, 1, random_state=seed)[1][0]
-    singular = np.maximum(singular, 1e-6 * singular[0])
+    singular = np.maximum(singular, 1e-6 * max(singular[0], MIN_DEVIATION))
     signal, deviation = np.maximum(0.0, 1 - (noise / singular) ** 2), singular / np.sqrt(len(values))
     return Components(*(np.asarray(a, np.float32) for a in (vectors.T, scale, deviation, signal, mean)))
 
@@ -88,9 +90,11 @@ def initialise_from_data(vae: VAE, cells: CellData, rows: NDArray[np.int64], gen
     profile = np.maximum(counts.sum(0), 0.5) / counts.sum()
     x = torch.from_numpy(counts)
     set_theta(vae, moment_theta(x, torch.from_numpy(profile).float() * x.sum(1, keepdim=True)))
-    if not vae.config.linear_rank:
+    if not vae.config.linear_rank or min(counts.shape) < 2:
         return
     components = principal_components(counts, vae.config.linear_rank - 1, int(generator.integers(2**31)))
+    if components.deviation[0] < MIN_DEVIATION:
+        return  # cells do not differ
     with torch.no_grad():
         _start_gene_vectors(vae, components)
         _start_linear_path(vae, components, counts, np.log(profile), generator)
