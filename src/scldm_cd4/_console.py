@@ -37,6 +37,34 @@ def new_bar(total: int, name: str, unit: str, **options: Any) -> Any:
     return tqdm(total=total, desc=name, unit=f" {unit}", unit_scale=True, mininterval=0.5)
 
 
+class Lines:
+    """Tells the logger how far work has come: once when it is seen to be long, then now and then.
+
+    Parameters
+    ----------
+    name, total, unit
+        What is done, its size, and in which unit it is counted.
+    after
+        Seconds before which no estimate is made.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, *, after: float = 0.0) -> None:
+        self.name, self.total, self.unit, self.after = name, total, unit, after
+        self.start, self.done, self.told = time.monotonic(), 0, 0.0
+
+    def update(self, n: int, more: str = "") -> None:
+        """Count what was done; `more` is told with the first line."""
+        self.done += n
+        passed = time.monotonic() - self.start
+        if passed < self.after or (self.told > 0.0 and passed - self.told <= LINE_EVERY):
+            return
+        left = passed * (self.total - self.done) / max(self.done, 1)
+        if passed + left > LONG:
+            done = f"{self.done} of {self.total} {self.unit}"
+            LOGGER.info("%s: %s, about %s left%s", self.name, done, _span(left), "" if self.told > 0.0 else more)
+        self.told = passed
+
+
 def tracked(
     parts: Iterable[Part],
     total: int,
@@ -66,24 +94,18 @@ def tracked(
         Show a bar; None on a terminal or in a notebook only.
     """
     bar = new_bar(total, name, unit, delay=1.0) if wants_progress(progress) and total > 0 else None
-    start, done, told = time.monotonic(), 0, 0.0
+    lines = Lines(name, total, unit)
     source = (part for part in parts)
     try:
         with closing(source):
             for part in source:
-                done += size(part)
-                passed = time.monotonic() - start
-                if bar is not None:
-                    if n_bytes is not None and bar.n == 0:
-                        bar.set_postfix_str(f"about {_memory(n_bytes(part) / size(part) * total)}", refresh=False)
+                memory = "" if n_bytes is None else _memory(n_bytes(part) / size(part) * total)
+                if bar is None:
+                    lines.update(size(part), f", {memory} in all" if memory else "")
+                else:
+                    if memory and bar.n == 0:
+                        bar.set_postfix_str(f"about {memory}", refresh=False)
                     bar.update(size(part))
-                elif told == 0.0 or passed - told > LINE_EVERY:
-                    left = passed * (total - done) / max(done, 1)
-                    if passed + left > LONG:
-                        memory = "" if n_bytes is None else _memory(n_bytes(part) / size(part) * total)
-                        where = f", {memory} in all" if memory and told == 0.0 else ""
-                        LOGGER.info("%s: %d of %d %s, about %s left%s", name, done, total, unit, _span(left), where)
-                    told = passed
                 yield part
     finally:
         if bar is not None:

@@ -1,6 +1,7 @@
 """The command: help, version, errors, overwriting, and the whole demo."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,16 @@ def test_an_interrupt_is_no_traceback(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("scldm_cd4.cli._demo.run_demo", interrupt)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "scldm-cd4: interrupted\n"
+
+
+def test_long_work_is_told_on_stderr_where_there_is_no_bar(tmp_path: Path, capsys, monkeypatch):
+    def work(options: object) -> str:
+        logging.getLogger("scldm_cd4").info("flow: 10 of 40 cells, about 1.0 min left")
+        return "done"
+
+    monkeypatch.setattr("scldm_cd4.cli._demo.run_demo", work)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr() == ("done", "scldm-cd4: flow: 10 of 40 cells, about 1.0 min left\n")
 
 
 SIZE = ("--preset", "tiny", "--max-epochs", "2")

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_work_that_is_left_is_closed() -> None:
     next(told)
     told.close()
     assert closed == [True]
+
+
+def test_a_training_without_a_bar_tells_a_log_how_long_it_takes(
+    simulated: Any, quick: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_console, "LONG", 0.0)
+    monkeypatch.setattr("scldm_cd4.train.progress.WARM", 0.0)
+    model = CD4Model(simulated, "tiny", **quick)
+    with caplog.at_level(logging.INFO, "scldm_cd4"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The decoder makes little use")
+        model.train(max_epochs=2, seed=0, progress=False)
+    lines = [record.getMessage() for record in caplog.records]
+    n = 2 * len(model.train_indices)
+    assert [line.partition(":")[0] for line in lines] == ["autoencoder", "flow"]  # the next line comes after a minute
+    assert all(f" of {n} cells, about " in line for line in lines)
 
 
 def test_terminal_and_log_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
 """Arguments, errors and exit status of ``scldm-cd4``; the work is imported when a command runs."""
 
 import argparse
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
 from scldm_cd4 import __version__
+from scldm_cd4._console import LOGGER
 from scldm_cd4._errors import DataError, ScldmError
 from scldm_cd4.cli._arguments import add_commands, natural, positive
 from scldm_cd4.config import PRESETS
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parse(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _lines_told():
             warnings.showwarning = _show_warning
             sys.stdout.write(_run(options))
     except KeyboardInterrupt:
@@ -115,6 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything drawn (default 0)")
     add_commands(commands)
     return parser
+
+
+@contextmanager
+def _lines_told() -> Iterator[None]:
+    """Write to stderr what long work tells the logger where there is no bar, such as in the log of a batch job."""
+    handler, level = logging.StreamHandler(sys.stderr), LOGGER.level
+    handler.setFormatter(logging.Formatter("scldm-cd4: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
 
 
 def _fail(message: str, status: int) -> int:

@@ -1,4 +1,4 @@
-"""What a user sees of a training: one bar per stage, and nothing of Lightning's own talk."""
+"""What a user sees of a training: one bar per stage or lines in a log, and nothing of Lightning's own talk."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-from scldm_cd4._console import new_bar
+from scldm_cd4._console import Lines, new_bar
 from scldm_cd4.train.plans import StagePlan, n_cells
 
 LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
@@ -23,6 +23,8 @@ NOISE = (
     r".*srun",
     r"Checkpoint directory",
 )
+WARM = 5.0
+"""Seconds of a stage before its length is estimated; the first steps are slow."""
 LOSS_EVERY = 1.0
 """Seconds between two looks at the loss, which wait for the device."""
 
@@ -46,8 +48,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class ProgressBar(pl.Callback):
-    """One bar for a stage: cells, loss, cells per second, time left.
+class Progress(pl.Callback):
+    """How far a stage has come: a bar with cells, loss, cells per second and time left, or lines to the logger.
 
     Parameters
     ----------
@@ -55,23 +57,32 @@ class ProgressBar(pl.Callback):
         The stage.
     total
         Cells of all epochs.
+    bar
+        Whether to draw a bar.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
+    def __init__(self, name: str, total: int, *, bar: bool) -> None:
+        self.name, self.total, self.wanted = name, total, bar
         self.bar: Any = None
+        self.lines: Lines | None = None
         self.seen = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar, where a resumed run left off."""
-        if trainer.is_global_zero:
-            done = min(self.total, round(self.total * trainer.global_step / max(1, trainer.estimated_stepping_batches)))
+        """Begin where a resumed run left off."""
+        if not trainer.is_global_zero:
+            return
+        done = min(self.total, round(self.total * trainer.global_step / max(1, trainer.estimated_stepping_batches)))
+        if not self.wanted:
+            self.lines = Lines(self.name, self.total - done, "cells", after=WARM)
+        else:
             self.bar = new_bar(self.total, self.name, "cells", initial=done)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on."""
+        if self.lines is not None:
+            self.lines.update(n_cells(batch) * trainer.world_size)
         if self.bar is None:
             return
         now = time.monotonic()

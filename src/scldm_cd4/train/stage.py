@@ -8,6 +8,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from scldm_cd4.train.launch import processes, require_launcher
 from scldm_cd4.train.loaders import Batch, make_loader
 from scldm_cd4.train.memory import kept_memory
 from scldm_cd4.train.plans import StagePlan
-from scldm_cd4.train.progress import ProgressBar, quiet
+from scldm_cd4.train.progress import Progress, quiet
 from scldm_cd4.train.rng import isolated_rng
 
 N_VALIDATIONS = 25
@@ -79,9 +80,13 @@ def n_epochs(
     if chosen is None:
         per_epoch = math.ceil(math.ceil(n / batch_size) / accumulate)
         return min(config.epoch_limit, math.ceil(config.target_steps / per_epoch))
-    if chosen < 1:
-        raise DataError(f"max_epochs must be at least 1, got {chosen}")
-    return chosen
+    return _whole(chosen, "max_epochs")
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise DataError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
 
 
 def train_stage(
@@ -137,9 +142,9 @@ def train_stage(
     hardware = hardware or Hardware()
     require_launcher(hardware.devices)
     n = len(train)  # type: ignore[arg-type]
-    batch = min(config.batch_size if batch_size is None else batch_size, n)
-    if batch < 1:
-        raise DataError(f"a stage needs at least one cell and a batch_size of at least 1, got {n} and {batch_size}")
+    if n < 1:
+        raise DataError(f"{name}: there are no cells to train on")
+    batch = min(config.batch_size if batch_size is None else _whole(batch_size, "batch_size"), n)
     start = {k: v.detach().to("cpu", copy=True) for k, v in plan.network.state_dict().items()}
     began, notes = time.monotonic(), []
     while True:
@@ -204,7 +209,8 @@ class _Run:
         every = max(1, epochs // N_VALIDATIONS)
         patience = max(5, math.ceil(0.2 * epochs / every)) if self.early else None
         guard = Guard(every=every, patience=patience, constants=constants, checkpoint=checkpoint)
-        hardware, bar = resolve_hardware(self.hardware), ProgressBar(name, epochs * self.n)
+        hardware = resolve_hardware(self.hardware)
+        progress = Progress(name, epochs * self.n, bar=wants_progress(hardware.progress))
         options: dict[str, Any] = {
             "num_workers": hardware.num_workers,
             "pin_memory": hardware.accelerator in ("gpu", "cuda"),
@@ -219,10 +225,9 @@ class _Run:
         plan.network.train()
         if hardware.compile:
             plan.compile_step()
-        callbacks = [guard, *([bar] if wants_progress(hardware.progress) else [])]
         catching = guard.catching_interrupts()
         with isolated_rng(self.seed), quiet(), catching, matmuls(self.hardware), kept_memory():
-            trainer = self._trainer(hardware, epochs, every, len(loader), callbacks)
+            trainer = self._trainer(hardware, epochs, every, len(loader), [guard, progress])
             try:
                 trainer.fit(plan, loader, held_out, ckpt_path=resume_from and str(resume_from))
             except TrainingError as error:
@@ -233,7 +238,7 @@ class _Run:
                     raise
                 guard.interrupted = True
             finally:
-                bar.close()
+                progress.close()
         if guard.interrupted:
             plan.network.eval()
         else:
