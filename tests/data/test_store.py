@@ -152,3 +152,19 @@ def test_compressed_files_say_that_they_are_slow(tmp_path):
     assert "gzip" in slow.X.slow
     assert "compression=" in slow.X.slow
     assert slow.X.block >= fast.X.block > 1
+
+
+def test_cells_of_files_are_read_into_memory(tmp_path):
+    parts = [make(40, donor="a"), make(30, donor="b", seed=1)]
+    store = open_cells([write(part, tmp_path / f"{i}.h5ad") for i, part in enumerate(parts)])
+    store.obsm["X"] = np.arange(70)[:, None]
+    whole = ad.concat(parts, merge="same")
+    rows = np.array([69, 2, 41])
+    for chosen in (rows, slice(5, 50), np.arange(70) % 2 == 0):
+        cells, expected = store.to_memory(chosen), whole[chosen]
+        assert list(cells.obs_names) == list(expected.obs_names)
+        assert list(cells.obs["guide"].astype(str)) == list(expected.obs["guide"].astype(str))
+        np.testing.assert_array_equal(cells.X.toarray(), expected.X.toarray())
+        np.testing.assert_array_equal(cells.obsm["X"].ravel(), np.arange(70)[chosen])
+    assert store.to_memory().shape == store.shape
+    assert "layers" not in repr(store)

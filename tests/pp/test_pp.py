@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scldm_cd4 import CD4Model, DataError, GeneMismatchError, pp
+from scldm_cd4 import CD4Model, DataError, GeneMismatchError, open_cells, pp
 
 
 @pytest.fixture
@@ -216,3 +216,28 @@ def test_import_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_panel_refuses_what_is_no_count_and_what_is_not_in_memory(cells: Any, tmp_path: Any) -> None:
+    pytest.importorskip("skmisc", reason="seurat_v3 needs scikit-misc")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    store = open_cells(tmp_path / "cells.h5ad")
+    for there in (store, ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")):
+        with pytest.raises(DataError, match="to_memory"):
+            pp.select_panel(there, 10)
+    assert list(pp.select_panel(store.to_memory(), 10)) == list(pp.select_panel(cells, 10))
+    cells.layers["counts"] = cells.X.copy()
+    cells.X = cells.X.log1p()
+    with pytest.raises(DataError, match=r"raw counts, but X holds other values.*layer='counts'"):
+        pp.select_panel(cells, 10)
+
+
+def test_cells_in_files_keep_their_names(trained: Any, cells: Any, made: Any, tmp_path: Any) -> None:
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    store = open_cells(tmp_path / "cells.h5ad")
+    query, report = pp.prepare_query_anndata(store, trained)
+    assert query.obs_names.equals(cells.obs_names)
+    assert report == pp.prepare_query_anndata(cells, trained)[1]
+    both, expected = (pp.concat_generated(real, made) for real in (store, cells))
+    assert both.obs_names.equals(expected.obs_names)
+    np.testing.assert_array_equal(both.X.toarray(), expected.X.toarray())

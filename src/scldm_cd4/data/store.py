@@ -83,15 +83,43 @@ class CellStore:
         """Names of the genes, a pandas Index."""
         return self.var.index
 
+    def to_memory(self, rows: Any = None) -> Any:
+        """Read cells into an AnnData, such as a sample of them for scanpy or a plot.
+
+        Parameters
+        ----------
+        rows
+            Numbers of cells in any order, a mask of all cells, or a slice; None reads all.
+
+        Returns
+        -------
+        AnnData: ``X`` and layers CSR, ``obs`` with the names of the cells, ``var``, ``uns`` and ``obsm``.
+
+        Examples
+        --------
+        >>> cells = scldm_cd4.open_cells(adata.write_h5ad("cells.h5ad") or "cells.h5ad")
+        >>> cells.to_memory([5, 3]).obs_names.equals(adata.obs_names[[5, 3]])
+        True
+        """
+        import anndata as ad
+
+        from scldm_cd4.data.matrix import RowReader
+
+        rows = np.arange(self.n_obs)[slice(None) if rows is None else rows]
+        obs = self.obs.iloc[rows].set_axis(self.obs_names[rows].astype(str))
+        X = None if self.X is None else RowReader(self).read(rows)
+        layers = {name: RowReader(self, name).read(rows) for name in self.layers}
+        obsm = {name: values[rows] for name, values in self.obsm.items()}
+        return ad.AnnData(X, obs=obs, var=self.var.copy(), uns=dict(self.uns), layers=layers, obsm=obsm)
+
     def __len__(self) -> int:
         return self.n_obs
 
     def __repr__(self) -> str:
         files = f"{len(self.paths)} files" if len(self.paths) > 1 else str(self.paths[0])
-        return (
-            f"CellStore: {self.n_obs} cells x {self.n_vars} genes in {files}\n"
-            f"    obs: {', '.join(map(repr, self.obs.columns))}\n    layers: {', '.join(map(repr, self.layers))}"
-        )
+        found = {"obs": self.obs.columns, "layers": self.layers, "obsm": self.obsm}
+        parts = [f"\n    {name}: {', '.join(map(repr, names))}" for name, names in found.items() if len(names)]
+        return f"CellStore: {self.n_obs} cells x {self.n_vars} genes in {files}{''.join(parts)}"
 
 
 def open_cells(paths: Any, *, join: str | None = None) -> CellStore:

@@ -74,7 +74,7 @@ def concat_generated(
     import anndata as ad
 
     values, genes = _values(real, generated, layer)
-    obs = _obs(real.obs, generated.obs, origin_key)
+    obs = _obs(real.obs.set_axis(real.obs_names), generated.obs, origin_key)  # cells in files are numbered in obs
     matrix = _stack(values, generated.X)
     return ad.AnnData(matrix, obs=obs, var=generated.var.copy(), uns={FACTS: dict(generated.uns[FACTS])})
 

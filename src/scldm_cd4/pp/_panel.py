@@ -7,6 +7,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.data.labels import get_column, read_labels
+from scldm_cd4.data.matrix import counts_hint
 from scldm_cd4.data.setup import require_anndata
 
 SHOWN = 5
@@ -55,8 +56,8 @@ def select_panel(
     Raises
     ------
     DataError
-        A column or layer is missing, scikit-misc is not installed, `n_top_genes` is no positive number, or no
-        perturbation label is a gene.
+        A column or layer is missing, values are no counts, cells are not in memory, scikit-misc is not installed,
+        `n_top_genes` is no positive number, or no perturbation label is a gene.
 
     Warns
     -----
@@ -71,6 +72,11 @@ def select_panel(
     True
     """
     require_anndata(adata)
+    if adata.isbacked:
+        raise DataError(
+            "scanpy chooses genes on cells in memory: give all of them, adata.to_memory(), or a random part: "
+            "adata[rows].to_memory(), of open_cells cells.to_memory(rows)"
+        )
     if isinstance(n_top_genes, bool) or not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1:
         raise DataError(f"n_top_genes must be a whole number of at least 1, got {n_top_genes!r}")
     if layer is not None and layer not in adata.layers:
@@ -92,10 +98,17 @@ def _variable(adata: Any, n: int, batch_key: str | None, layer: str | None, flav
     options = {"n_top_genes": n, "batch_key": batch_key, "layer": layer, "flavor": flavor}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of pandas, inside scanpy
+        warnings.filterwarnings("error", message=".*expects raw count data")
         try:
             table = sc.pp.highly_variable_genes(adata, inplace=False, **options)
         except ImportError as error:
             raise DataError(f"flavor={flavor!r} needs scikit-misc: pip install scikit-misc") from error
+        except UserWarning:
+            where = "X" if layer is None else f"layers[{layer!r}]"
+            raise DataError(
+                f"flavor={flavor!r} chooses genes by raw counts, but {where} holds other values."
+                f"{counts_hint(adata, layer)}"
+            ) from None
         except ValueError as error:
             raise DataError(
                 f"scanpy could not choose genes: {error}. A sparse batch or a constant gene may be the cause"

@@ -185,7 +185,8 @@ def prepare_query_anndata(adata: Any, reference: Any) -> tuple[Any, QueryReport]
     matrix = _counts(adata, declared["layer"], [position[gene] for gene in found], ids)
     var = adata.var.iloc[[position[gene] for gene in found]].copy()
     var.index = list(found)
-    query = ad.AnnData(matrix, obs=adata.obs.copy(), var=var)
+    obs = adata.obs.set_axis(adata.obs_names.astype(str))  # cells in files are numbered in obs
+    query = ad.AnnData(matrix, obs=obs, var=var)
     known = set(registry.genes)
     missing = tuple(gene for gene in registry.genes if gene not in position)
     extra = tuple(gene for gene in ids if gene not in known)
