@@ -19,6 +19,7 @@ def evaluate(
     adata: Any = None,
     *,
     profile: Any = "paper",
+    train: Any = None,
     baselines: Sequence[str] | None = None,
     n_cells: int | None = None,
     generate: Mapping[str, Any] | None = None,
@@ -32,6 +33,9 @@ def evaluate(
     adata
         Real cells that the model has not seen, with raw counts and the declared columns. None takes the test cells of
         the training split (the validation cells where it has none) of the cells that the model was built with.
+    train
+        The cells that the model was trained on, which baselines and components see. None takes those of the training
+        split; a model that was loaded does not know them.
     profile, baselines
         As in `scldm_cd4.metrics.evaluate`.
     n_cells
@@ -45,9 +49,8 @@ def evaluate(
 
     Returns
     -------
-    The table of `scldm_cd4.metrics.evaluate`. Baselines and components see the training cells of the model; they are
-    known only to a model that was trained here, and without them baselines are NaN. Conditions with a label that the
-    model was not trained on are left out, and named in ``attrs["not_generated"]``.
+    The table of `scldm_cd4.metrics.evaluate`. Without training cells there are no baselines. Conditions with a label
+    that the model was not trained on are left out, and named in ``attrs["not_generated"]``.
 
     Raises
     ------
@@ -67,13 +70,18 @@ def evaluate(
     if registry.control is None:
         raise DataError("no control was declared, so effects cannot be scored: setup_anndata(..., control=...)")
     own = None if self.adata is None or self.train_indices is None else CellData.from_adata(self.adata, registry)
-    train = None if own is None else _as_adata(own, np.asarray(self.train_indices))
+    if train is not None:
+        train = _all_cells(train, registry)
+    elif own is not None:
+        train = _as_adata(own, np.asarray(self.train_indices))
     if adata is not None:
-        cells = CellData.from_adata(adata, registry)
-        real = _as_adata(cells, np.arange(cells.n_cells))
+        real = _all_cells(adata, registry)
     else:
         if own is None:
-            raise DataError("this model knows no held-out cells: pass adata= with real cells that it has not seen")
+            raise DataError(
+                "a model that was loaded knows no held-out cells: pass adata= with real cells that it has not seen, and "
+                "train= with those that it was trained on, for baselines"
+            )
         held = self.test_indices if len(self.test_indices) else self.validation_indices
         if not len(held):
             raise DataError("the training split held out no cells: pass adata= with real cells that it has not seen")
@@ -97,6 +105,12 @@ def evaluate(
     table.attrs["not_generated"] = left_out.astype(str).to_dict("records")
     table.attrs["model_hash"] = pred.uns["scldm_cd4"].get("model_hash")
     return table
+
+
+def _all_cells(adata: Any, registry: Registry) -> Any:
+    """Give cells of a user as AnnData with the genes and labels of the model."""
+    cells = CellData.from_adata(adata, registry)
+    return _as_adata(cells, np.arange(cells.n_cells))
 
 
 def _as_adata(cells: CellData, rows: np.ndarray) -> Any:

@@ -53,3 +53,10 @@ def test_loaded_model_has_no_training_cells(trained, simulated, tmp_path):
     found = loaded.evaluate(simulated, seed=1, **{**QUICK, "min_cells": 2})
     assert found["baseline_control"].isna().all()
     assert found["note"].str.contains("no training cells").all()
+
+
+def test_training_cells_can_be_given_to_a_loaded_model(trained, simulated, table, tmp_path):
+    trained.save(tmp_path / "model")
+    held, train = (simulated[rows] for rows in (trained.test_indices, trained.train_indices))
+    found = CD4Model.load(tmp_path / "model").evaluate(held, train=train, seed=1, **QUICK)
+    assert found.equals(table)
