@@ -224,7 +224,11 @@ class ModelConfig:
         config = self
         for part, changes in overrides.items():
             if part not in {f.name for f in fields(self)}:
-                raise ValueError(f"no part {part!r} in the configuration; parts: {[f.name for f in fields(self)]}")
+                within = [p.name for p in fields(self) if hasattr(getattr(self, p.name), part)]
+                hint = f"; it belongs to a part: {within[0]}={{{part!r}: ...}}" if within else ""
+                raise ValueError(
+                    f"no part {part!r} in the configuration; parts: {[f.name for f in fields(self)]}{hint}"
+                )
             if not isinstance(changes, dict):
                 raise ValueError(f"{part!r} takes a dict of changes, got {type(changes).__name__}")
             old = asdict(getattr(self, part))

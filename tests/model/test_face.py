@@ -13,7 +13,15 @@ import pytest
 import torch
 
 import scldm_cd4
-from scldm_cd4 import CD4Model, CheckpointError, DataError, NotTrainedError, TrainingError, settings
+from scldm_cd4 import (
+    CD4Model,
+    CheckpointError,
+    DataError,
+    NotTrainedError,
+    TrainingError,
+    UnknownCategoryError,
+    settings,
+)
 
 PLATEAU = "ignore:The decoder makes little use"
 pytestmark = pytest.mark.filterwarnings(PLATEAU)
@@ -247,6 +255,30 @@ def test_every_subset_of_conditions_trains_and_reloads(
     cells = [m.generate("NTC", n_cells=3, seed=0) for m in (model, again)]
     assert (cells[0].X != cells[1].X).nnz == 0
     assert {"donor_id", "timepoint"} & set(cells[0].obs) == set(keys.values())
+
+
+def test_a_label_of_what_was_not_declared_is_refused_with_the_remedy(simulated: Any, quick: Any) -> None:
+    adata = simulated.copy()
+    CD4Model.setup_anndata(adata, perturbation_key="perturbation", control="NTC")
+    model = CD4Model(adata, "tiny", **quick)
+    model.train(seed=0, max_epochs=1)
+    with pytest.raises(UnknownCategoryError, match="no timepoint was declared.*timepoint_key="):
+        model.generate("NTC", timepoint="Stim8hr")
+
+
+def test_a_setting_without_its_part_is_refused_with_the_place(simulated: Any) -> None:
+    with pytest.raises(ValueError, match=r"no part 'n_tokens'.*vae=\{'n_tokens': ...\}"):
+        CD4Model(simulated, "tiny", n_tokens=8)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_cells_without_principal_components_train(simulated: Any, quick: Any, n: int) -> None:
+    adata = simulated[:n].copy()
+    adata.X = adata.X[[0] * n] if n > 2 else adata.X
+    CD4Model.setup_anndata(adata, perturbation_key="perturbation", control=str(adata.obs["perturbation"].iloc[0]))
+    model = CD4Model(adata, "tiny", **quick)
+    model.train(seed=0, max_epochs=2, validation_size=0)
+    assert np.isfinite(model.generate(n_cells=2, output="mean", seed=0).X).all()
 
 
 def test_device_that_is_not_there(trained: Any) -> None:

@@ -115,7 +115,8 @@ def test_direction_is_within_donors(four_donors: Any, ranked: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "method", "message"),
     [
-        (["GATA3", "nogene"], None, "1 of the 2"),
+        (["GATA3", "nogene"], None, "1 of the 2.*does not know 'nogene'"),
+        (["GATA3"], None, "1 of the 1 genes of the gene set; at least 3 and 10% are needed.$"),
         ({"up": ["GATA3", "STAT6", "JAK2"], "down": ["JAK2"]}, None, "both up and down"),
         (["GATA3", "GATA3", "STAT6"], None, "twice"),
         ({"up": "GATA3"}, None, "single name"),

@@ -304,6 +304,9 @@ def _other_names(adata: Any, registry: Registry, n_found: int) -> str:
         return " var_names holds the model's identifiers: call setup_anndata without gene_id_key."
     if len(genes.intersection(str(gene).split(".")[0] for gene in adata.var_names)) >= enough:
         return " Without the version suffix (.1, .2) the names would fit: remove it from var_names."
+    folded = {gene.casefold() for gene in genes}
+    if len(folded.intersection(str(gene).casefold() for gene in adata.var_names)) >= enough:
+        return " The names differ in letter case only: spell them as the model does."
     for name, values in registry.var.items():
         if len(set(values).intersection(adata.var_names)) >= enough:
             return (

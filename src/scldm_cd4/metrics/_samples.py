@@ -269,8 +269,8 @@ def read_sample(
     if matrix.nnz and (wrong := is_bad(matrix.data)).any():
         raise DataError(
             f"{what}: {int(wrong.sum())} values are no counts (whole, finite, not negative), e.g. "
-            f"{matrix.data[wrong][0]!r}.{counts_hint(adata, layer)} For log-normalised values on all sides pass "
-            "input_type='lognorm'"
+            f"{matrix.data[wrong][0]:g}.{counts_hint(adata, layer)} metrics.evaluate takes log-normalised "
+            "values on all sides with input_type='lognorm'"
         )
     totals = _totals(adata, size_factor_key, what)
     values = log_normalize(matrix) if totals is None else _by_totals(matrix, totals)

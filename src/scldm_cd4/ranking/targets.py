@@ -163,7 +163,7 @@ class Reader:
 
     def _match(self, lookup: dict[str, float], what: str, least: int) -> tuple[Mask, Array, float]:
         """Return which genes of the model are named, their weights, and the share of the names that was found."""
-        columns = {"the model's identifiers": self.registry.genes, **self.registry.var}
+        columns = {"identifiers": self.registry.genes, **self.registry.var}
         found = {name: len(lookup.keys() & set(column)) for name, column in columns.items()}
         column = columns[max(found, key=lambda name: found[name])]
         known = np.array([name in lookup for name in column])
@@ -171,11 +171,12 @@ class Reader:
         n = len(lookup.keys() & set(column))
         share = n / max(len(lookup), 1)
         if n < least or share < MIN_SHARE:
-            named = repr(next(iter(lookup), ""))
+            unknown = next((name for name in lookup if name not in set(column)), None)
             held = "; ".join(f"{name} like {next((x for x in c if x), '')!r}" for name, c in columns.items())
+            names = f" It does not know {unknown!r}; it has {held}{_hint(lookup, columns)}" if unknown else ""
             raise DataError(
                 f"the model has {n} of the {len(lookup)} genes of the {what}; at least {least} and {MIN_SHARE:.0%} are "
-                f"needed. The {what} has names like {named}, the model has {held}{_hint(lookup, columns)}"
+                f"needed.{names}"
             )
         if share < GOOD_SHARE:
             warnings.warn(f"the model has only {share:.0%} of the {what}'s genes", UserWarning, stacklevel=6)
