@@ -12,6 +12,7 @@ from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.setup import setup_anndata
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.effects import set_label_effects, untold_effects
+from scldm_cd4.train.shrinkage import adaptive_shrink
 
 N_GENES = 10
 
@@ -60,7 +61,7 @@ def blind_vae(cells: CellData, label_rank: int = 8) -> VAE:
 
 def test_effects_of_donor_and_perturbation_are_told_apart() -> None:
     cells = labelled_cells(4000, share_in_second=0.7)
-    donor, timepoint, perturbation = untold_effects(blind_vae(cells), cells, np.arange(4000))
+    donor, timepoint, perturbation = untold_effects(blind_vae(cells), cells, np.arange(4000), np.random.default_rng(0))
     assert timepoint.shape == (1, N_GENES)
     log_fold = perturbation[1] - perturbation[0]
     assert log_fold[1] < -0.45
@@ -71,17 +72,42 @@ def test_effects_of_donor_and_perturbation_are_told_apart() -> None:
 def test_noise_is_no_effect_and_a_level_without_cells_has_none() -> None:
     cells = labelled_cells(4000, 0.5)
     vae = blind_vae(cells)
-    full = untold_effects(vae, cells, np.arange(4000))[2]
+    full = untold_effects(vae, cells, np.arange(4000), np.random.default_rng(0))[2]
     assert full[1, 1] - full[0, 1] < -0.55
     rng = np.random.default_rng(1)
     assert cells.labels is not None
     shuffled = CellData.from_adata(shuffled_labels(cells, rng))
-    nothing = untold_effects(vae, shuffled, np.arange(4000))[2]
+    nothing = untold_effects(vae, shuffled, np.arange(4000), np.random.default_rng(0))[2]
     assert np.abs(nothing[1] - nothing[0]).max() < 0.05  # two groups of 40,000 counts a gene
-    few = untold_effects(vae, cells, np.arange(10))[2]
-    assert abs(few[1, 1] - few[0, 1]) < 0.8 * abs(full[1, 1] - full[0, 1])
     only_a = np.flatnonzero(cells.labels[:, 2] == 0)
-    np.testing.assert_allclose(untold_effects(vae, cells, only_a)[2][1], 0.0, atol=1e-6)
+    np.testing.assert_allclose(untold_effects(vae, cells, only_a, np.random.default_rng(0))[2][1], 0.0, atol=1e-6)
+
+
+def test_a_donor_with_controls_alone_keeps_nothing_of_them() -> None:
+    cells = labelled_cells(6000, 0.5)
+    assert cells.labels is not None
+    seen = np.flatnonzero(~((cells.labels[:, 0] == 1) & (cells.labels[:, 2] == 1)))
+    donor, _, perturbation = untold_effects(blind_vae(cells), cells, seen, np.random.default_rng(0))
+    assert perturbation[1, 1] - perturbation[0, 1] == pytest.approx(np.log(0.5), abs=0.1)
+    assert abs(donor[1, 1] - donor[0, 1]) < 0.1
+    assert donor[1, 0] - donor[0, 0] == pytest.approx(np.log(2), abs=0.15)
+
+
+def test_shrinkage_leaves_few_large_effects_and_takes_noise_away() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(0.01, 0.1, (20, 300))
+    truth = np.where(rng.random(noise.shape) < 0.01, rng.choice([-1.5, 1.5], noise.shape), 0.0)
+    estimates = truth + np.sqrt(noise) * rng.standard_normal(noise.shape)
+    shrunk = adaptive_shrink(estimates, noise, rng)
+    assert np.abs(shrunk[truth != 0]).mean() > 1.3
+    assert np.sqrt(np.mean(shrunk[truth == 0] ** 2)) < 0.2 * np.sqrt(np.mean(estimates[truth == 0] ** 2))
+    assert np.all(shrunk * estimates >= 0)
+    assert np.all(np.abs(shrunk) <= np.abs(estimates))
+    dense = rng.normal(0, 0.3, noise.shape)
+    seen = dense + np.sqrt(noise) * rng.standard_normal(noise.shape)
+    best = seen * 0.09 / (0.09 + noise)  # where the prior is known
+    error = [np.mean((x - dense) ** 2) for x in (adaptive_shrink(seen, noise, rng), best, seen)]
+    assert error[0] < 1.05 * error[1] < error[2]
 
 
 def test_decoded_means_of_labels_are_the_observed_ones() -> None:

@@ -5,6 +5,7 @@ cells of a perturbation lie too near to the control. Their mean over all trainin
 separates it from the decoded mean is estimated once, after training, and added to the gene logits.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from scipy import sparse
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.latents import CellEncoder, chunks, decode_means, encode_rows, inference_batch_size
+from scldm_cd4.train.shrinkage import adaptive_shrink
 
 FloatArray = NDArray[np.float64]
-PRIOR_CELLS, PRIOR_COUNTS = 5, 2
-"""An effect is shrunk as if so many cells without it, and so many counts of each gene besides, had been seen."""
+HALF = 0.5
+"""Counts added to observed and decoded ones, so that their ratio has a logarithm."""
+N_SWEEPS = 15
+TOLERANCE = 1e-3
+"""Change of an effect at which the sweeps end."""
 MAX_CELLS = 200_000
 """Training cells that are looked at."""
 
@@ -33,13 +38,13 @@ def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], genera
     cells, rows
         Training cells are these rows of `cells`, with labels.
     generator
-        Draws `MAX_CELLS` of more cells.
+        Draws `MAX_CELLS` of more cells, and what the prior of the effects is estimated from.
     """
     from sklearn.utils.extmath import randomized_svd
 
     if len(rows) > MAX_CELLS:
         rows = np.sort(generator.choice(rows, MAX_CELLS, replace=False))
-    effects = untold_effects(vae, cells, rows)
+    effects = untold_effects(vae, cells, rows, generator)
     stacked = np.concatenate(effects)
     rank = min(vae.config.label_rank, *stacked.shape)
     left, singular, right = randomized_svd(stacked, rank, random_state=int(generator.integers(2**31)))
@@ -50,59 +55,108 @@ def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], genera
     _write(vae.label_effects.loadings, slice(1, None), right.T * np.sqrt(singular))
 
 
-def untold_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Logarithms of observed over decoded counts for each donor, time point and perturbation, shrunk toward nothing.
+def untold_effects(
+    vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator
+) -> list[FloatArray]:
+    r"""Log ratios of observed to decoded counts for donors, time points and perturbations, fitted jointly and shrunk.
 
-    For a level with n cells, ln((o + k) / (e + k)) with o the sum of their counts, e that of their decoded means and
-    k = e * PRIOR_CELLS / n + PRIOR_COUNTS.
-
-    Contexts come first and are split into donor and time point by their means; e of a perturbation has the effects of
-    its contexts in it, so that an unequal share of contexts is no effect of its own.
+    The decoded mean of a cell is multiplied by the effects of its three labels. Each role in turn is estimated with the
+    effects of the others in the decoded counts: a donor of whom training has the controls alone does not take what
+    belongs to all controls for its own, and carry it over to perturbed cells. The log ratio of a level with o observed
+    and e decoded counts in n cells has the variance :math:`\ln^2(o/e) / D + 1 / (n \theta)` with D the Poisson deviance
+    :math:`2 (o \ln(o/e) - o + e)`, and is shrunk by `adaptive_shrink`.
 
     Returns
     -------
-    (number of levels, G) for donor, time point and perturbation, zero for a level without cells.
+    (number of levels, G) for donor, time point and perturbation, zero for a level without cells and for a role of which
+    a single level has some.
     """
-    assert cells.labels is not None
-    n_donor, n_time, n_perturbation = cells.registry.vocabulary
-    donor, timepoint, perturbation = cells.labels[rows].T
-    context = donor * n_time + timepoint
-    ones = np.ones((n_donor * n_time, cells.n_genes))
-    log_context = log_ratios(vae, cells, rows, context, ones, context).reshape(n_donor, n_time, -1)
-    weight = np.bincount(context, minlength=n_donor * n_time).reshape(n_donor, n_time, 1) + 1e-9
-    by_donor = (weight * log_context).sum(1) / weight.sum(1)
-    by_time = (weight * (log_context - by_donor[:, None])).sum(0) / weight.sum(0)
-    factors = np.exp(by_donor[:, None] + by_time[None]).reshape(n_donor * n_time, -1)
-    return by_donor, by_time, log_ratios(vae, cells, rows, context, factors, perturbation, n_perturbation)
+    sums = Sums.of(vae, cells, rows)
+    effects = [np.zeros_like(o) for o in sums.observed]
+    for _ in range(N_SWEEPS):
+        change = 0.0
+        for role in (2, 0, 1):  # what all contexts have in common is the perturbation's
+            some = sums.n_cells[role] > 0
+            if some.sum() < 2:
+                continue
+            observed = sums.observed[role][some] + HALF
+            expected = sums.expected_with(effects, role)[some] + HALF
+            ratio = np.log(observed / expected)
+            noise = _variance(observed, expected, ratio) + sums.dispersion / sums.n_cells[role][some, None]
+            new = adaptive_shrink(ratio, noise, generator)
+            change = max(change, float(np.abs(new - effects[role][some]).max()))
+            effects[role][some] = new
+        if change < TOLERANCE:
+            break
+    return effects
 
 
-def log_ratios(
-    vae: VAE,
-    cells: CellData,
-    rows: NDArray[np.int64],
-    context: NDArray[np.int64],
-    factors: FloatArray,
-    codes: NDArray[np.int64],
-    n: int | None = None,
-) -> FloatArray:
-    """Return the shrunk log ratios of `untold_effects` for each of n codes (n, G).
+@dataclass(frozen=True)
+class Sums:
+    """Summed counts of the levels of each role, in the order of `scldm_cd4.config.ROLES`."""
 
-    Decoded means are multiplied by the `factors` (contexts, G) of their context; n defaults to the contexts.
-    """
-    n = len(factors) if n is None else n
-    observed, expected = np.zeros((n, cells.n_genes)), np.zeros((n, cells.n_genes))
-    encoder = CellEncoder(vae)
-    for index in chunks(len(rows), inference_batch_size(cells.n_genes)):
-        counts = cells.counts(rows[index])
-        library = torch.from_numpy(np.asarray(counts.sum(1), dtype=np.float32).reshape(-1, 1))
-        latents = encode_rows(vae, cells, rows[index], encoder=encoder)
-        mean = decode_means(vae, latents, library).numpy() * factors[context[index]]
-        sums = sparse.csr_matrix((np.ones(len(index)), (codes[index], np.arange(len(index)))), shape=(n, len(index)))
-        observed += (sums @ counts).toarray()
-        expected += sums @ mean
-    n_cells = np.bincount(codes, minlength=n)[:, None]
-    prior = expected * PRIOR_CELLS / np.maximum(n_cells, 1) + PRIOR_COUNTS
-    return np.log((observed + prior) / (expected + prior))
+    observed: list[FloatArray]
+    """Counts (levels, G)."""
+    expected: list[FloatArray]
+    """Decoded means, likewise."""
+    n_cells: list[NDArray[np.int64]]
+    """Of each level."""
+    shares: dict[tuple[int, int], Any]
+    """Of two roles: the share of a level's cells that each level of the other has, CSR."""
+    dispersion: FloatArray
+    """1 / theta of each gene (G,), by moments."""
+
+    @classmethod
+    def of(cls, vae: VAE, cells: CellData, rows: NDArray[np.int64]) -> "Sums":
+        """Encode and decode the cells once, without effects of labels."""
+        assert cells.labels is not None
+        labels, sizes = cells.labels[rows], cells.registry.vocabulary
+        observed, expected = ([np.zeros((n, cells.n_genes)) for n in sizes] for _ in range(2))
+        excess, square = np.zeros(cells.n_genes), np.zeros(cells.n_genes)
+        encoder = CellEncoder(vae)
+        for index in chunks(len(rows), inference_batch_size(cells.n_genes)):
+            counts = cells.counts(rows[index])
+            library = torch.from_numpy(np.asarray(counts.sum(1), dtype=np.float32).reshape(-1, 1))
+            mean = decode_means(vae, encode_rows(vae, cells, rows[index], encoder=encoder), library).numpy()
+            for role, n in enumerate(sizes):
+                members = _members(labels[index, role], np.arange(len(index)), (n, len(index)))
+                observed[role] += (members @ counts).toarray()
+                expected[role] += members @ mean
+            excess += (np.square(counts.toarray() - mean) - mean).sum(axis=0)
+            square += np.square(mean).sum(axis=0)
+        n_cells = [np.bincount(labels[:, role], minlength=n) for role, n in enumerate(sizes)]
+        shares = {
+            (a, b): sparse.diags(1 / np.maximum(n_cells[a], 1))
+            @ _members(labels[:, a], labels[:, b], (sizes[a], sizes[b]))
+            for a in range(3)
+            for b in range(3)
+            if a != b
+        }
+        return cls(observed, expected, n_cells, shares, np.maximum(excess, 0.0) / np.maximum(square, 1e-12))
+
+    def expected_with(self, effects: list[FloatArray], role: int) -> FloatArray:
+        """Return the decoded counts of the levels of a role (levels, G) with the effects of the two other roles.
+
+        The decoded profile of a condition is taken for the product of those of its labels, so that no table of all
+        conditions is needed.
+        """
+        expected = self.expected[role].copy()
+        for other in {0, 1, 2} - {role}:
+            profile = (self.expected[other] + 1e-3) / np.maximum(self.n_cells[other], 1)[:, None]
+            share = self.shares[role, other]
+            expected *= (share @ (profile * np.exp(effects[other]))) / np.maximum(share @ profile, 1e-300)
+        return expected
+
+
+def _members(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]) -> Any:
+    """Return how often each pair occurs, CSR."""
+    return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape)
+
+
+def _variance(observed: FloatArray, expected: FloatArray, ratio: FloatArray) -> FloatArray:
+    """Return the variance of a log ratio of Poisson counts at which its square is the deviance."""
+    deviance = 2 * (observed * ratio - observed + expected)
+    return np.where(np.abs(ratio) < 1e-3, 1 / expected, np.square(ratio) / np.maximum(deviance, 1e-12))
 
 
 @torch.no_grad()
