@@ -170,6 +170,17 @@ def test_bars_stand_between_baseline_and_repeat() -> None:
             pl.metric_bars(table, intervals=False, **bad)
 
 
+def test_baselines_beyond_the_scale_are_drawn_at_its_edge() -> None:
+    table = scores()
+    table["baseline_additive"] = table["matched_baseline_additive"] = -9.0  # far below the control
+    ax = pl.metric_bars(table, "pearson_delta", intervals=False)
+    (mark,) = [line for line in ax.lines if line.get_label() == "additive"]
+    low = ax.get_xlim()[0]
+    assert low <= mark.get_xdata()[0] == -1.5
+    assert "beyond" in ax.get_xlabel()
+    assert "beyond" not in pl.metric_bars(scores(), "pearson_delta", intervals=False).get_xlabel()
+
+
 def test_pyplot_is_left_alone_outside_a_notebook(real: Any, generated: Any) -> None:
     before = sys.modules["matplotlib.pyplot"].get_fignums() if "matplotlib.pyplot" in sys.modules else []
     pl.delta_scatter(real, generated, "A")
