@@ -14,7 +14,7 @@ from scldm_cd4._errors import DataError, NotTrainedError
 from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
-from scldm_cd4.config import PRESETS, ModelConfig
+from scldm_cd4.config import PRESETS, STAGES, ModelConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.mudata import as_anndata, is_mudata
 from scldm_cd4.data.splits import Split
@@ -22,9 +22,6 @@ from scldm_cd4.generation import Trained
 from scldm_cd4.nn import VAE
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import CAREFUL_STEPS, Sampling
-
-TITLES = {"vae": "autoencoder", "flow": "flow"}
-"""What the stages are called."""
 
 
 class ModelBase:
@@ -163,7 +160,7 @@ class ModelBase:
             "conditions": ", ".join(sizes),
             "control": registry.control or "none",
             "trained": " and ".join(trained) or "no",
-            **{f"training of the {TITLES[name]}": _told(table) for name, table in state.history.items() if len(table)},
+            **{f"training of the {STAGES[name]}": _told(table) for name, table in state.history.items() if len(table)},
             "parameters": f"{size:,}" if size else "not built yet",
             "device": f"{self.device}, {choose('auto', self.device).name}",
         }

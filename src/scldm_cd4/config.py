@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args
 ROLES = ("donor", "timepoint", "perturbation")
 """The condition attributes, in the one order that labels, vocabularies and embeddings keep everywhere."""
 
+STAGES = {"vae": "autoencoder", "flow": "flow"}
+"""The stages of training, in their order, and what they are called."""
+
 Aggregation = Literal["softbin", "log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat"]
 Head = Literal["nb", "decoupled", "poisson"]
 Dropout = Literal["joint", "mutually_exclusive", "independent"]

@@ -7,8 +7,6 @@ computed anywhere and in any order; read in the order of their numbers they are 
 
 import hashlib
 import json
-import os
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._whole import whole_file
 from scldm_cd4.checkpoint.native import plain
 from scldm_cd4.conditions import Request
 from scldm_cd4.engines import trained_on
@@ -358,14 +357,9 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file beside its place, sync it and move it there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    """Write a file that other processes see whole or not at all."""
     try:
-        with part.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
+        with whole_file(path, sync=True) as part:
+            part.write_bytes(data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error}") from error

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from scldm_cd4 import __version__
-from scldm_cd4.config import ModelConfig
+from scldm_cd4.config import STAGES, ModelConfig
 from scldm_cd4.registry import Registry
 
-NAMES = {"vae": "autoencoder", "flow": "flow"}
 HEAD = """---
 library_name: scldm_cd4
 tags:
@@ -83,14 +82,14 @@ def _training(config: ModelConfig, record: Mapping[str, Any], n_parameters: int)
     lines = [f"- {n_parameters:,} parameters; latent of {config.vae.latent_tokens} tokens x {config.vae.n_channels}"]
     if pretrained := record.get("pretrained"):
         lines.append(f"- weights read from a checkpoint in the {pretrained['layout']} layout ({pretrained['weights']})")
-    for stage, name in NAMES.items():
+    for stage, name in STAGES.items():
         if stage not in record:
             continue
         facts = record[stage]
         lines.append(f"- {name}: {facts.get('n_steps', 'unknown')} steps of {facts.get('batch_size', '?')} cells, seed "
                      f"{facts['seed']}" + (" (interrupted)" if facts["interrupted"] else ""))  # fmt: skip
         lines += [f"  - {note}" for note in facts.get("notes", [])]
-    splits = [record[stage]["split"] for stage in NAMES if stage in record]
+    splits = [record[stage]["split"] for stage in STAGES if stage in record]
     if splits:
         numbers = splits[-1]["n_cells"]
         lines.append("- split: " + ", ".join(f"{n} cells for {part}" for part, n in numbers.items())
@@ -111,8 +110,9 @@ def _figures(history: Mapping[str, Any], scores: Any) -> list[str]:
         last = history[stage].iloc[-1]
         baseline = last.get("mean_profile_nll", math.nan) if stage == "vae" else math.nan
         said = "the mean profile of the training cells" if math.isfinite(baseline) else "none"
-        rows.append(f"| {NAMES[stage]} | {what} | {_number(last['train_loss'])} | {_number(last['validation_loss'])} | "
-                    f"{_number(baseline)} ({said}) |")  # fmt: skip
+        losses = (_number(last[name]) for name in ("train_loss", "validation_loss"))
+        cells = (STAGES[stage], what, *losses, f"{_number(baseline)} ({said})")
+        rows.append(f"| {' | '.join(cells)} |")
     lines = []
     if rows:
         lines = ["| stage | loss | training | validation | baseline |", "|---|---|---|---|---|", *rows, ""]

@@ -78,10 +78,3 @@ def stack(parts: Sequence[Cells]) -> Cells:
         np.concatenate([part.perturbation for part in parts]),
         np.concatenate([part.context for part in parts]),
     )
-
-
-def target_genes(registry: Registry, code: int) -> list[int]:
-    """Return the positions of the genes named like a perturbation, by identifier or any kept name."""
-    name = registry.perturbation.levels[code]
-    names = (registry.genes, *registry.var.values())
-    return sorted({i for values in names for i, value in enumerate(values) if value == name})

@@ -1,12 +1,11 @@
-"""Files that commands write: never over others unasked, and whole or not at all."""
+"""What commands write: files, never over others unasked, and words."""
 
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._whole import whole_file
 
 
 def check_free(path: Path, overwrite: bool, endings: tuple[str, ...] = ()) -> None:
@@ -27,21 +26,12 @@ def check_free(path: Path, overwrite: bool, endings: tuple[str, ...] = ()) -> No
         raise DataError(f"--out {path}: there is no folder {path.absolute().parent}")
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside the target, and move it into place when it is complete."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_table(table: Any, out: Path | None, *, index: bool = False) -> str:
     """Write a table as CSV to a file, or return it for stdout."""
     if out is None:
         return str(table.to_csv(index=index))
-    write_whole(out, lambda part: table.to_csv(part, index=index))
+    with whole_file(out) as part:
+        table.to_csv(part, index=index)
     return ""
 
 

@@ -1,12 +1,12 @@
 """The summary of a demo as text and as JSON."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from scldm_cd4.checkpoint.native import to_json
 from scldm_cd4.cli._scores import MEASURES
 
 SIMULATED = "SIMULATED"
@@ -49,7 +49,7 @@ class Report:
             "seconds": self.seconds,
             "files": self.files,
         }
-        return json.dumps(_plain(values), indent=1, allow_nan=False) + "\n"
+        return to_json(values).decode()
 
     def to_text(self) -> str:
         """Return the text for a reader."""
@@ -148,14 +148,3 @@ def _pairs(values: dict[str, Any]) -> str:
 def _table(table: pd.DataFrame) -> str:
     text = table.to_string(index=False, float_format="{:.3f}".format, na_rep="-", justify="right")
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def _plain(value: Any) -> Any:
-    """Return values that strict JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

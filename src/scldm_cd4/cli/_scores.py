@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from scldm_cd4 import metrics
-from scldm_cd4.cli._cells import Cells, halve, stack, target_genes
+from scldm_cd4.cli._cells import Cells, halve, stack
+from scldm_cd4.ranking.effects import target_genes
 from scldm_cd4.registry import Registry
 
 MEASURES = {
@@ -89,7 +90,8 @@ class Scorer:
         real = _common(real, [*pools.values(), self.reference])
         if len(real) < MIN_CELLS:
             return []
-        excluded = target_genes(self.registry, code)
+        label = self.registry.perturbation.levels[code]
+        excluded = np.flatnonzero(target_genes(self.registry, label))
         truth = self._significant(real, excluded)
         draws: dict[str, list[dict[str, float]]] = {name: [] for name in POOLS}
         for name, pool in pools.items():
@@ -97,10 +99,9 @@ class Scorer:
                 drawn = pool.draw(real.context, rng)
                 assert drawn is not None  # _common leaves contexts that all pools can serve
                 draws[name].append(self._measure(real, drawn, truth, excluded))
-        name = self.registry.perturbation.levels[code]
-        return [{"perturbation": name, "n": len(real), **row} for row in _rows(draws)]
+        return [{"perturbation": label, "n": len(real), **row} for row in _rows(draws)]
 
-    def _measure(self, real: Cells, drawn: Cells, truth: np.ndarray, excluded: list[int]) -> dict[str, float]:
+    def _measure(self, real: Cells, drawn: Cells, truth: np.ndarray, excluded: np.ndarray) -> dict[str, float]:
         a, b = self.projection.apply(real.values), self.projection.apply(drawn.values)
         contexts = (real.context, drawn.context, self.reference.context)
         recovery = metrics.de_recovery(truth, self._significant(drawn, excluded))
@@ -114,7 +115,7 @@ class Scorer:
             "n_significant": recovery["n_pred"],
         }
 
-    def _significant(self, cells: Cells, excluded: list[int]) -> np.ndarray:
+    def _significant(self, cells: Cells, excluded: np.ndarray) -> np.ndarray:
         """Return which genes differ from the reference controls at a false discovery rate of 5 %, target left out."""
         _, p = metrics.context_test(cells.values.toarray(), cells.context, self._ranks, "drawn cells")
         keep = np.ones(len(p), dtype=bool)

@@ -16,11 +16,9 @@ from scldm_cd4.checkpoint.reference import CLASS_NAMES
 from scldm_cd4.cli._arguments import KEYS
 from scldm_cd4.cli._config import compose
 from scldm_cd4.cli._paths import say
-from scldm_cd4.config import PRESETS, FlowConfig, ModelConfig, StageConfig, VAEConfig
+from scldm_cd4.config import PRESETS, STAGES, FlowConfig, ModelConfig, StageConfig, VAEConfig
 from scldm_cd4.data.files import open_h5ad
 from scldm_cd4.train.checkpoint_io import RECORD, has_state, recorded_seed
-
-STAGES = {"vae": ("vae",), "flow": ("flow",), "both": ("vae", "flow")}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def train(options: argparse.Namespace) -> str:
     if plan.job is not None:
         _check_sizes(plan, adata)
     model = _model(plan, adata, options)
-    stages = {name: _stage(plan.config, name, options) for name in STAGES[plan.stage]}
+    stages = {name: _stage(plan.config, name, options) for name in (STAGES if plan.stage == "both" else [plan.stage])}
     accumulate = _accumulated(plan.job)
     for name, stage in stages.items() if first else ():
         say(describe(name, stage, processes, accumulate))
@@ -94,7 +92,7 @@ def describe(name: str, stage: StageConfig, processes: int, accumulate: int) -> 
     """Return a sentence on learning rate and batch that are in effect."""
     cells = stage.batch_size * processes * accumulate
     return (
-        f"{'autoencoder' if name == 'vae' else 'flow'}: effective learning rate {stage.lr:g} (not scaled by the number "
+        f"{STAGES[name]}: effective learning rate {stage.lr:g} (not scaled by the number "
         f"of processes), effective batch {cells} cells = {stage.batch_size} x {processes} processes x {accumulate} "
         "accumulated"
     )

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from scldm_cd4 import metrics
-from scldm_cd4.cli._cells import Cells, target_genes
+from scldm_cd4.cli._cells import Cells
 from scldm_cd4.cli._scores import Scorer
 from scldm_cd4.datasets import true_log2fc
+from scldm_cd4.ranking.effects import target_genes
 
 AXIS = "true_th1_axis"
 EXPRESSED = 1.0
@@ -57,8 +58,7 @@ def compare_effects(adata: Any, scorer: Scorer, generated: Cells) -> pd.DataFram
         cells = {pool: side.of_perturbation(code) for pool, side in pools.items()} | {"baseline": scorer.control}
         if code == scorer.control_code or not all(len(side) for side in cells.values()):
             continue
-        keep = np.ones(len(genes), dtype=bool)
-        keep[target_genes(registry, code)] = False
+        keep = ~target_genes(registry, name)
         true = true_log2fc(adata, name).to_numpy()
         found = {pool: log2_changes(side, scorer.reference) for pool, side in cells.items()}
         used = keep & expressed

@@ -9,7 +9,8 @@ import pandas as pd
 
 from scldm_cd4 import CD4Model, metrics, open_cells
 from scldm_cd4._errors import DataError
-from scldm_cd4.cli._paths import check_free, say, write_table, write_whole
+from scldm_cd4._whole import whole_file
+from scldm_cd4.cli._paths import check_free, say, write_table
 from scldm_cd4.data.files import open_h5ad
 from scldm_cd4.distributed import generate_divided, merge_units, run_folder
 from scldm_cd4.engines import Engine, Ray, Units, local_device
@@ -26,14 +27,16 @@ def encode(options: argparse.Namespace) -> str:
     say(f"embedding {adata.n_obs} cells ...")
     how = {"batch_size": options.batch_size, "allow_missing": options.allow_missing}
     if options.out is not None and options.out.suffix == ".npy":
-        write_whole(options.out, lambda part: model.get_latent(adata, out=part, **how))
+        with whole_file(options.out) as part:
+            model.get_latent(adata, out=part, **how)
         return ""
     z = model.get_latent(adata, **how)
     if options.out is None or options.out.suffix == ".csv":
         table = pd.DataFrame(z, index=adata.obs_names, columns=[f"z{i}" for i in range(z.shape[1])])
         return write_table(table.rename_axis("cell"), options.out, index=True)
     adata.obsm[options.key_added] = z
-    write_whole(options.out, adata.write_h5ad)
+    with whole_file(options.out) as part:
+        adata.write_h5ad(part)
     return ""
 
 

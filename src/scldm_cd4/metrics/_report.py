@@ -1,6 +1,5 @@
 """A page about generated cells: the table, what it is made of, and how it came about, in one file."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._whole import whole_file
 from scldm_cd4.metrics import _report_page as html
 from scldm_cd4.metrics import _report_parts as parts
 from scldm_cd4.metrics._evaluate import evaluate
@@ -124,7 +124,8 @@ def report(
     is_simulated = any(bool(getattr(side, "uns", {}).get("simulated", False)) for side in sides.values())
     provenance = _provenance(sides, table, scored, columns | settings)
     made = [*parts.sections(table, scored, rows, is_simulated), provenance]
-    _write(path, html.page(title, parts.head(scored, is_simulated), made))
+    with whole_file(path) as part:
+        part.write_bytes(html.page(title, parts.head(scored, is_simulated), made))
     return path
 
 
@@ -138,16 +139,6 @@ def _free(path: str | Path, overwrite: bool) -> Path:
     if not path.absolute().parent.is_dir():
         raise DataError(f"{path}: there is no folder {path.absolute().parent}")
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _choose(scored: Scored, show: Sequence[str] | None) -> list[int]:

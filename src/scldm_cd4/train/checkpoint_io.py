@@ -1,7 +1,6 @@
 """Training state as one safetensors file: tensors, and the rest as JSON in its header. Nothing is pickled."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from scldm_cd4._errors import CheckpointError
+from scldm_cd4._whole import whole_file
 
 FORMAT = "scldm_cd4.training"
 VERSION = 1
@@ -31,13 +31,10 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     tree = json.dumps(_flatten(state, "state", tensors))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": FORMAT, "version": str(VERSION), "state": tree})
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        part.replace(path)
+        with whole_file(path, sync=True) as part:
+            save_file(tensors, part, metadata={"format": FORMAT, "version": str(VERSION), "state": tree})
     except (OSError, SafetensorError) as error:
         need = sum(t.nbytes for t in tensors.values()) / 2**20
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else float("nan")
@@ -45,16 +42,13 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
             f"the training state could not be written to {path}: {error}. It needs {need:.0f} MiB, {free:.0f} MiB are "
             "free; an earlier file is unchanged."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a small file of plain values, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def recorded_seed(folder: str | Path) -> int:

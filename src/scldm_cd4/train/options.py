@@ -8,10 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.config import ModelConfig, StageConfig
+from scldm_cd4.config import STAGES, ModelConfig, StageConfig
 from scldm_cd4.registry import near_matches
-
-STAGES = ("vae", "flow")
 
 
 def check_keywords(given: Iterable[str], own: Iterable[str] = ()) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scldm_cd4._errors import CheckpointError, DataError
-from scldm_cd4.config import ModelConfig, StageConfig
+from scldm_cd4.config import STAGES, ModelConfig, StageConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
@@ -26,7 +26,7 @@ from scldm_cd4.train.latent_cache import cached_latents, discard
 from scldm_cd4.train.latents import encode_rows, inference_batch_size, latent_bytes
 from scldm_cd4.train.launch import connect, idle_devices, processes, require_launcher, wait_for_all
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
-from scldm_cd4.train.options import STAGES, by_stage, check_keywords, stage_configs
+from scldm_cd4.train.options import by_stage, check_keywords, stage_configs
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
 from scldm_cd4.train.rng import isolated_rng, key_seed
@@ -305,13 +305,13 @@ class _Job:
             train,
             held_out,
             self.settings["config"][name],
-            seed=key_seed(self.seed, 30, STAGES.index(name)),
+            seed=key_seed(self.seed, 30, list(STAGES).index(name)),
             max_epochs=self.settings["max_epochs"][name],
             batch_size=self.settings["batch_size"][name],
             early_stopping=self.early_stopping,
             resume_from=resume if resume is not None and resume.is_file() else None,
             checkpoint=None if self.folder is None else self.folder / f"{name}.safetensors",
-            name={"vae": "autoencoder", "flow": "flow"}[name],
+            name=STAGES[name],
             **options,
         )
         out = self.result
