@@ -20,7 +20,7 @@ from benchmarks.measure import cpu_seconds, ratio, report
 from scipy import sparse
 
 from scldm_cd4.config import PRESETS, VAEConfig
-from scldm_cd4.data.batches import expressed_batch
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.nn import VAE
 from scldm_cd4.nn.sparse import SparseEncoder
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scldm_cd4._precision import choose
 from scldm_cd4.config import PRESETS, ModelConfig
-from scldm_cd4.data.batches import expressed_batch
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.ema import EMA
 from scldm_cd4.train.memory import kept_memory

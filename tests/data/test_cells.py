@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scldm_cd4._errors import DataError, GeneMismatchError, UnknownCategoryError
-from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.data.setup import fit_registry, setup_anndata
 from scldm_cd4.registry import Registry
 
@@ -143,13 +143,6 @@ def test_views_and_subsets(adata, registry):
     assert view.is_view
     one = CellData.from_adata(adata[4], registry)
     assert (one.n_cells, one.labels.tolist()) == (1, [[0, 0, 0]])
-
-
-def test_chunks_cover_all_cells_in_order(adata, registry):
-    cells = CellData.from_adata(adata, registry)
-    parts = list(cells.iter_chunks(7))
-    assert [(s.start, s.stop) for s, _ in parts] == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 30)]
-    assert_standard(sp.vstack([block for _, block in parts], format="csr"), adata.X.toarray())
 
 
 @pytest.mark.parametrize("rows", [[30], [-1], [0, 99]])

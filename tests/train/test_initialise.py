@@ -8,8 +8,8 @@ import torch
 from scipy import sparse
 
 from scldm_cd4.config import PRESETS, VAEConfig
-from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.data.setup import setup_anndata
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.initialise import initialise_from_data, principal_components

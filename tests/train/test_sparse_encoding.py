@@ -9,7 +9,7 @@ from scipy import sparse
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.config import VAEConfig
-from scldm_cd4.data.batches import expressed_batch
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.nn import VAE
 from scldm_cd4.nn import sparse as sparse_module
 from scldm_cd4.nn.sparse import SparseEncoder

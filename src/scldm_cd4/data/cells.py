@@ -1,7 +1,6 @@
 """Cells as a model sees them: validated, genes aligned by name, labels as codes."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,11 +214,6 @@ class CellData:
             if rows.size and not 0 <= rows.min() <= rows.max() < self.n_cells:
                 raise IndexError(f"cells are 0..{self.n_cells - 1}, asked for {rows.min()}..{rows.max()}")
         return self._select(self._reader.read(rows))
-
-    def iter_chunks(self, size: int | None = None) -> Iterator[tuple[slice, Any]]:
-        """Yield all cells in order: slices and their `counts`, `size` cells each (None: by memory)."""
-        for rows, block in self._reader.chunks(size):
-            yield rows, self._select(block)
 
     def _fill_library(self, adata: Any, keys: dict[str, str | None]) -> None:
         where, genes = self._reader.where, self.registry.genes

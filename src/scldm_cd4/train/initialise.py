@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.nn import VAE
 from scldm_cd4.train.theta import moment_theta, sample_rows, set_theta
 

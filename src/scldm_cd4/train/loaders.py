@@ -14,8 +14,8 @@ from scipy import sparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scldm_cd4.data.batches import expressed_batch
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.matrix import expressed_batch
 from scldm_cd4.train.launch import processes
 from scldm_cd4.train.order import Draw, EpochSampler, cell_generators
 from scldm_cd4.train.rng import keyed_generator
