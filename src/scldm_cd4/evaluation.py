@@ -79,8 +79,8 @@ def evaluate(
     else:
         if own is None:
             raise DataError(
-                "a model that was loaded knows no held-out cells: pass adata= with real cells that it has not seen, and "
-                "train= with those that it was trained on, for baselines"
+                "a model that was loaded knows no held-out cells: pass adata= with real cells that it has not seen, "
+                "and train= with those that it was trained on, for baselines"
             )
         held = self.test_indices if len(self.test_indices) else self.validation_indices
         if not len(held):

@@ -18,6 +18,7 @@ from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.metrics import safe_pearson
 from scldm_cd4.noise import stream
+from scldm_cd4.output import evidence
 from scldm_cd4.ranking.effects import MIN_OBSERVED, Context, Generated, Observed, target_genes
 from scldm_cd4.ranking.evidence import MIN_CONDITIONS, held_out_conditions
 from scldm_cd4.ranking.sources import generated_effects
@@ -47,7 +48,7 @@ def predicted_features(
         needed = {c: controls[c] for c in dict.fromkeys([*asked, *elsewhere[name]])}
         keep = ~target_genes(registry, name)
         deltas = {c: x.delta[0] * keep for c, x in next(generated.changes([name], needed, n_cells)).items()}
-        total = sum(n for by_time in registry.train_counts.get(name, {}).values() for n in by_time.values())
+        total, _ = evidence(registry, (None, None, name))
         for context in asked:
             others = [deltas[c] for c in elsewhere[name] if c != context]
             agreement = safe_pearson(deltas[context][keep], np.mean(others, axis=0)[keep]) if others else np.nan

@@ -60,15 +60,17 @@ def setup_mudata(
     """
     if not is_mudata(mdata):
         raise DataError(f"a MuData is needed, got {type(mdata).__name__}; use setup_anndata for an AnnData")
-    names = {
+    given = {
         "perturbation_key": perturbation_key,
         "donor_key": donor_key,
         "timepoint_key": timepoint_key,
         "size_factor_key": size_factor_key,
+        "control": control,
+        "layer": layer,
+        "gene_id_key": gene_id_key,
     }
-    given = names | {"control": control, "layer": layer, "gene_id_key": gene_id_key}
     places = _places(mdata, dict(modalities or {}), given)
-    cells = _with_columns(mdata, places["layer"], {key: (names[key], places.get(key)) for key in OBS_KEYS})
+    cells = _with_columns(mdata, places["layer"], {key: (given[key], places.get(key)) for key in OBS_KEYS})
     setup_anndata(cells, **given)  # type: ignore[arg-type]
     mdata.uns[SETUP_KEY] = dict(cells.uns[SETUP_KEY]) | {MODALITIES: places}
 
