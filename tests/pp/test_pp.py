@@ -1,6 +1,7 @@
 """Panel, query report, joined cells, and the public Perturb-seq columns."""
 
 import logging
+import os
 import subprocess
 import sys
 from typing import Any
@@ -241,3 +242,16 @@ def test_cells_in_files_keep_their_names(trained: Any, cells: Any, made: Any, tm
     both, expected = (pp.concat_generated(real, made) for real in (store, cells))
     assert both.obs_names.equals(expected.obs_names)
     np.testing.assert_array_equal(both.X.toarray(), expected.X.toarray())
+
+
+def test_panel_leaves_the_threads_of_torch_alone() -> None:
+    pytest.importorskip("skmisc", reason="seurat_v3 needs scikit-misc")
+    code = (
+        "import torch; from scldm_cd4 import datasets, pp;"
+        "pp.select_panel(datasets.synthetic_cd4(200, 50, n_perturbations=3), 10); print(torch.get_num_threads())"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("NUMBA_NUM_THREADS", None)  # numba then takes all cores
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"

@@ -73,10 +73,12 @@ def _illico(adata: Any, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _scanpy(adata: Any, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     import scanpy as sc
+    from threadpoolctl import threadpool_limits
 
     # fold changes are not taken from here, so that X counts as log1p of any base
     adata.uns["log1p"] = {"base": None}
-    sc.tl.rank_genes_groups(adata, "group", groups=names, reference="control", method="wilcoxon", tie_correct=True)
+    with threadpool_limits(1):  # numba would change the thread count of torch for good
+        sc.tl.rank_genes_groups(adata, "group", groups=names, reference="control", method="wilcoxon", tie_correct=True)
     found = adata.uns["rank_genes_groups"]
     z, p = np.empty((2, len(names), adata.n_vars))
     for row, name in enumerate(names):

@@ -94,9 +94,10 @@ def select_panel(
 
 def _variable(adata: Any, n: int, batch_key: str | None, layer: str | None, flavor: str) -> np.ndarray:
     import scanpy as sc
+    from threadpoolctl import threadpool_limits
 
     options = {"n_top_genes": n, "batch_key": batch_key, "layer": layer, "flavor": flavor}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):  # numba would change the thread count of torch for good
         warnings.simplefilter("ignore", FutureWarning)  # of pandas, inside scanpy
         warnings.filterwarnings("error", message=".*expects raw count data")
         try:
