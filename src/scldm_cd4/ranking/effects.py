@@ -43,6 +43,7 @@ class Arm:
     sums: Array
     """Counts (folds, genes)."""
     n_cells: int
+    """In all folds."""
     pairs: tuple[PairSums, ...] = ()
     """Sums for the distance to each target population; none where the target is no population."""
 
