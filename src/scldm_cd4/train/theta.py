@@ -16,6 +16,8 @@ BOUNDS = (1e-3, 1e4)
 """Range of fitted dispersions; the upper end is Poisson for all that matters."""
 SCALES = (-3.0, 3.0)
 """Range of the logarithm of the factor that held-out cells give to all of them."""
+TRIMMED = 0.05
+"""Share of held-out cells, the least likely, that have no say: one count of a thousand in a rare gene outweighs all."""
 MAX_CELLS = 5_000
 MAX_VALUES = 15_000_000
 """Cells times genes that a fit looks at."""
@@ -116,8 +118,8 @@ def refit_theta(
         Draws the sample.
     held_out
         Cells not trained on. Means of cells that were learned too well lie too near to their counts, which makes
-        dispersions too small: all are scaled by the one factor that makes these cells most likely, and are not taken
-        where those of training make them more likely still.
+        dispersions too small: all are scaled by the one factor that makes these cells most likely (trimmed likelihood,
+        Hadi & Luceno 1997), and are not taken where those of training make them more likely still.
 
     Returns
     -------
@@ -146,7 +148,7 @@ def _best_scale(vae: VAE, theta: Tensor, x: Tensor, mu: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     def loss(log_scale: float) -> float:
-        return -float(vae.log_prob(x, mu, theta * math.exp(log_scale)).sum(dtype=torch.float64))
+        return -_trimmed(vae.log_prob(x, mu, theta * math.exp(log_scale)))
 
     return math.exp(minimize_scalar(loss, bounds=SCALES, method="bounded", options={"xatol": 0.01}).x)
 
@@ -154,7 +156,13 @@ def _best_scale(vae: VAE, theta: Tensor, x: Tensor, mu: Tensor) -> float:
 @torch.no_grad()
 def _log_likelihood(vae: VAE, x: Tensor, mu: Tensor) -> float:
     head: Any = vae.decoder_head
-    return float(vae.log_prob(x, mu, head.dispersion()).sum(dtype=torch.float64))
+    return _trimmed(vae.log_prob(x, mu, head.dispersion()))
+
+
+def _trimmed(log_prob: Tensor) -> float:
+    """Sum up log probabilities of counts (n, G) or of cells (n,) without the cells of the lowest."""
+    cells = log_prob.double().reshape(len(log_prob), -1).sum(1).sort().values
+    return float(cells[min(math.ceil(TRIMMED * len(cells)), len(cells) - 1) :].sum())
 
 
 def _targets_and_means(vae: VAE, data: CountBatches) -> tuple[Tensor, Tensor]:
