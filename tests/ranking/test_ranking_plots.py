@@ -39,6 +39,9 @@ def test_heatmap(table: pd.DataFrame, each: pd.DataFrame) -> None:
     assert ax.images[0].get_array().shape == (5, 8)
     first = each.groupby("perturbation")["score"].mean().idxmax()
     assert ax.get_yticklabels()[0].get_text() == first
+    named = each.assign(timepoint=each["timepoint"].astype(str).map({"Rest": "48 h", "Stim8hr": "8 h"}))
+    labels = [label.get_text() for label in pl.ranking_heatmap(named).get_xticklabels()]
+    assert [label.split(", ")[0] for label in labels] == ["8 h"] * 4 + ["48 h"] * 4
     with pytest.raises(DataError, match="one group"):
         pl.ranking_heatmap(table)
 

@@ -1,5 +1,6 @@
 """Plots of a table of `CD4Model.rank_perturbations`."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,7 @@ def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None,
     if values.shape[1] < 2:
         raise DataError("the table has one group of contexts; rank with donor='each' and timepoint='each'")
     values = values.loc[values.mean(axis=1).sort_values(ascending=False).index[:n]]
-    times = list(dict.fromkeys(time for time, _ in values.columns))
-    values = values[sorted(values.columns, key=lambda context: times.index(context[0]))]
+    values = values[sorted(values.columns, key=lambda context: [_by_number(level) for level in context])]
     ax = new_axes((1.8 + 0.35 * values.shape[1], 1.5 + 0.2 * len(values))) if ax is None else ax
     limit = float(np.nanmax(np.abs(values.to_numpy()))) or 1.0
     image = ax.imshow(values.to_numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -141,6 +141,11 @@ def ranking_heatmap(table: Any, *, n: int = 30, title: str = "", ax: Any = None,
     ax.set_title(title)
     ax.figure.colorbar(image, ax=ax, label="score", shrink=0.6)
     return finish(ax, save)
+
+
+def _by_number(level: Any) -> list[Any]:
+    """Return what sorts 8 hours before 48 hours."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(level))]
 
 
 def candidate_card(table: Any, perturbation: str, *, title: str | None = None, save: str | Path | None = None) -> Any:
