@@ -201,3 +201,21 @@ def test_a_notebook_gets_a_figure_that_it_shows(real: Any, generated: Any, monke
     plt.close(ax.figure)
     figure = pl.qc(real, generated)
     assert figure not in [plt.figure(n) for n in plt.get_fignums()]
+
+
+def test_bars_without_a_score_say_what_the_table_notes() -> None:
+    real, train = cells(40, 0), cells(40, 1)
+    only_b = train[train.obs["donor"] == "d2"]
+    here = real[real.obs["donor"] == "d1"]
+    table = metrics.evaluate(
+        here,
+        cells(40, 2)[here.obs_names],
+        train=only_b,
+        perturbation_key="perturbation",
+        context_keys="donor",
+        control="NT",
+        profile=["pearson_delta"],
+        n_repeats=1,
+    )
+    with pytest.raises(DataError, match="control cells of the contexts that are scored. The table notes: .*control"):
+        pl.metric_bars(table)

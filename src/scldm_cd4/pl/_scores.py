@@ -81,7 +81,7 @@ def metric_bars(
     from scldm_cd4.metrics import score
 
     scores = score(table, baseline, intervals=intervals, n_boot=200, seed=seed)
-    names = _names(scores, metrics)
+    names = _names(scores, metrics, table)
     marks = _others(table, baseline, others)
     ax = new_axes((7.6, 1.5 + 0.34 * len(names))) if ax is None else ax
     y = np.arange(len(names))
@@ -108,7 +108,7 @@ def metric_bars(
     return finish(ax, save)
 
 
-def _names(scores: Any, metrics: Sequence[str] | None) -> list[str]:
+def _names(scores: Any, metrics: Sequence[str] | None, table: Any) -> list[str]:
     from scldm_cd4.metrics.registry import METRICS, RANKED
 
     if metrics is not None:
@@ -120,7 +120,12 @@ def _names(scores: Any, metrics: Sequence[str] | None) -> list[str]:
     ranked = [n for n in scores.index if METRICS[n].ranked and METRICS[n].family in RANKED]
     if names := [n for n in ranked if known[n]]:
         return names
-    raise DataError("no metric of the table has a score; evaluate with train= and ceilings=True")
+    notes = table["note"][table["note"].astype(bool)] if "note" in table else []
+    why = f" The table notes: {notes.value_counts().index[0]}" if len(notes) else ""
+    raise DataError(
+        "no metric of the table has a score: it takes ceilings=True, and train= with control cells of the contexts that "
+        f"are scored.{why}"
+    )
 
 
 def _others(table: Any, baseline: str, others: Sequence[str] | None) -> dict[str, Any]:
