@@ -123,8 +123,8 @@ def _names(scores: Any, metrics: Sequence[str] | None, table: Any) -> list[str]:
     notes = table["note"][table["note"].astype(bool)] if "note" in table else []
     why = f" The table notes: {notes.value_counts().index[0]}" if len(notes) else ""
     raise DataError(
-        "no metric of the table has a score: it takes ceilings=True, and train= with control cells of the contexts that "
-        f"are scored.{why}"
+        "no metric of the table has a score: it takes ceilings=True, and train= with control cells of the contexts "
+        f"that are scored.{why}"
     )
 
 
