@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-# the networks of the tests are too small for several threads, which on a busy machine wait for each other
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the networks of the tests are too small for several threads, which on a busy machine wait for each other; numba's are
+# torch's as soon as scanpy starts them
+for _threads in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

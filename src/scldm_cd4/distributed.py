@@ -39,7 +39,6 @@ def generate_divided(
     n_cells: Any = None,
     conditions: Any = None,
     seed: int | None = None,
-    guidance: Any = 1.0,
     sampling: Mapping[str, Any],
     **options: Any,
 ) -> Path | None:
@@ -58,8 +57,8 @@ def generate_divided(
         if seed is None and getattr(divided, "count", 1) > 1:
             raise DataError("several processes need one seed: give seed=")
     trained = model._trained()
-    how = model._sampling(seed=seed, guidance=guidance, **sampling)
-    used = used_roles(trained.dit, guidance)
+    how = model._sampling(seed=seed, **sampling)
+    used = used_roles(trained.dit, how)
     requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)
     return generate_units(
         trained, how, requests, divided, workers=settings.num_workers, progress=settings.progress, **options

@@ -173,6 +173,7 @@ def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[
         "solver": sampling.solver,
         "n_steps": sampling.n_steps,
         "guidance": dict(guidance) if isinstance(guidance, Mapping) else float(guidance),
+        "guidance_interval": dict(zip(("from", "to"), map(float, sampling.guidance_interval), strict=True)),
         "seed": sampling.seed,
         "precision": sampling.precision,
         "batch_size": sampling.batch_size,

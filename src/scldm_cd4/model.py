@@ -176,6 +176,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         cells: Any = None,
         output: str = "counts",
         guidance: Any = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         n_steps: int | None = None,
         solver: str | None = None,
         size_factors: Any = None,
@@ -207,6 +208,8 @@ class CD4Model(EncodingMethods, QueryMethods):
         guidance
             1 is the conditional flow, 0 is unconditional (``obs`` then says so); or a dict of weights, see
             `scldm_cd4.flow.guided`.
+        guidance_interval
+            Times from noise (0) to data (1) between which `guidance` holds; elsewhere it is 1, at the cost of 1.
         n_steps, solver
             Of the flow; ``midpoint`` with 6 steps, or 10 for `cells` and for imported weights.
         size_factors
@@ -256,22 +259,23 @@ class CD4Model(EncodingMethods, QueryMethods):
         >>> others = model.generate(cells=adata[:3], perturbation="GATA3", seed=0)
         """
         how = {"output": output, "solver": solver, "n_steps": n_steps, "precision": precision, "batch_size": batch_size}
+        how |= {"guidance": guidance, "guidance_interval": guidance_interval}
         options = {"size_factors": size_factors, "genes": genes, "out": out, "overwrite": overwrite}
         labels = {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}
         if cells is not None and not (conditions is n_cells is engine is None):
             raise DataError("cells= gives one cell for each: leave out n_cells=, conditions= and engine=")
         if engine is not None:
-            asked = {"n_cells": n_cells, "conditions": conditions, "seed": seed, "guidance": guidance}
+            asked = {"n_cells": n_cells, "conditions": conditions, "seed": seed}
             path = generate_divided(self, engine, labels, sampling=how, **asked, **options)
             return None if path is None else open_written(path)
         trained = self._trained()
-        sampling = self._sampling(seed=seed, guidance=guidance, careful=cells is not None, **how)
+        sampling = self._sampling(seed=seed, careful=cells is not None, **how)
         options["workers"] = settings.num_workers
         if cells is not None:
             given = CellData.from_adata(cells, self._state.registry)
             warn_of_far_cells(self._state.familiarity, trained.vae, given, stacklevel=3)
             return counterfactual_cells(trained, sampling, given, labels, **options)
-        used = used_roles(trained.dit, guidance)
+        used = used_roles(trained.dit, sampling)
         requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)
         return generate_cells(trained, sampling, requests, **options)
 

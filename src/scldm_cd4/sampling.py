@@ -24,7 +24,7 @@ from scldm_cd4._precision import choose
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
 from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
-from scldm_cd4.flow.guidance import Guidance
+from scldm_cd4.flow.guidance import EVERYWHERE, Guidance
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.nn.likelihood import nb_quantile
 from scldm_cd4.noise import BLOCK, count_uniforms, latent_normals, library_uniforms
@@ -50,6 +50,7 @@ class Sampling:
     seed: int
     output: Output = "counts"
     guidance: Guidance = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
     solver: str = "midpoint"
     n_steps: int = N_STEPS
     precision: str = "fp32"
@@ -63,6 +64,7 @@ class Sampling:
         seed: int,
         output: str = "counts",
         guidance: Guidance = 1.0,
+        guidance_interval: tuple[float, float] = EVERYWHERE,
         solver: str | None = None,
         n_steps: int | None = None,
         precision: Any = "auto",
@@ -87,10 +89,10 @@ class Sampling:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DataError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         rows = ALIGN * -(-int(size) // ALIGN)
-        return cls(int(seed), output, guidance, solver, int(n_steps), name, rows)  # type: ignore[arg-type]
+        return cls(int(seed), output, guidance, guidance_interval, solver, int(n_steps), name, rows)  # type: ignore[arg-type]
 
 
-def used_roles(dit: DiT, guidance: Guidance) -> frozenset[str]:
+def used_roles(dit: DiT, sampling: Sampling) -> frozenset[str]:
     """Return the roles on which the output depends at a guidance.
 
     Raises
@@ -99,7 +101,7 @@ def used_roles(dit: DiT, guidance: Guidance) -> frozenset[str]:
         The guidance is not possible for the network.
     """
     try:
-        return conditioned_on(dit.config.label_dropout, guidance)
+        return conditioned_on(dit.config.label_dropout, sampling.guidance, sampling.guidance_interval)
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from error
 
@@ -189,18 +191,19 @@ class Sampler:
         self.device = next(dit.parameters()).device
         rows = pass_rows(vae.config.latent_tokens, self.device, sampling.batch_size)
         self._passes = Passes(rows, self.device, choose(sampling.precision, self.device))
-        self.used = used_roles(dit, sampling.guidance)
-        self.velocity = self.velocity_at(sampling.guidance)
+        self.used = used_roles(dit, sampling)
+        self.velocity = self.velocity_at(sampling.guidance, sampling.guidance_interval)
         self._code = [{level: i for i, level in enumerate(a.levels)} for a in registry.attributes]
         self._genes = torch.arange(1, vae.n_genes + 1, device=self.device)
 
-    def velocity_at(self, guidance: Guidance) -> Any:
+    def velocity_at(self, guidance: Guidance, interval: tuple[float, float] = EVERYWHERE) -> Any:
         """Return the guided velocity of the network."""
         return guided(
             self.dit,
             strategy=self.dit.config.label_dropout,
             guidance=guidance,
             unconditional=self.dit.unconditional,
+            interval=interval,
         )
 
     def run(self, unit: WorkUnit, library: NDArray[np.float64] | None = None) -> Drawn:

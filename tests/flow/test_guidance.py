@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scldm_cd4.flow import guided
+from scldm_cd4.flow import conditioned_on, guided
 
 UNCONDITIONAL = torch.tensor([4, 3, 9])
 
@@ -45,6 +45,25 @@ def test_joint(state, w):
     out = guided(counted, strategy="joint", guidance=w, unconditional=UNCONDITIONAL)(x, t, labels)
     torch.testing.assert_close(out, v0 + w * (vc - v0))
     assert counted.rows == [5 if w in (0.0, 1.0) else 10]
+
+
+@pytest.mark.parametrize("strategy", ["joint", "mutually_exclusive", "independent"])
+def test_outside_its_interval_the_conditional_flow_is_left_alone(state, strategy):
+    x, _, labels = state
+    options = {"strategy": strategy, "unconditional": UNCONDITIONAL}
+    field = guided(Counting(), guidance=2.0, interval=(0.2, 0.8), **options)
+    for t, guidance in ((0.1, 1.0), (0.2, 2.0), (0.5, 2.0), (0.8, 2.0), (0.9, 1.0)):
+        time = torch.full((5,), t).double()
+        expected = guided(Counting(), guidance=guidance, **options)(x, time, labels)
+        torch.testing.assert_close(field(x, time, labels), expected, rtol=0, atol=0)
+    assert conditioned_on(strategy, 0.0) == frozenset()
+    assert conditioned_on(strategy, 0.0, (0.0, 0.5)) == {"donor", "timepoint", "perturbation"}
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1.0), (0.0, 1.5), (0.5,), 0.5, "ab", (0.0, float("nan"))])
+def test_an_interval_lies_within_the_flow(interval):
+    with pytest.raises(ValueError, match="guidance interval"):
+        guided(Counting(), strategy="joint", guidance=2.0, unconditional=UNCONDITIONAL, interval=interval)
 
 
 def test_unconditional_output_does_not_depend_on_the_condition(state):

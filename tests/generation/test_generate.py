@@ -158,6 +158,18 @@ def test_size_factors(trained: Any) -> None:
             trained.generate(**ask, size_factors=bad)
 
 
+def test_guidance_holds_within_its_interval(trained: Any, cells: Any) -> None:
+    def drawn(**options: Any) -> Any:
+        request = {"donor": DONORS[0], "timepoint": "Rest", "n_cells": cells.n_obs, "seed": 0}
+        return trained.generate("NTC", **request, guidance=2.0, **options)
+
+    between_steps = drawn(guidance_interval=(0.99, 0.995))
+    assert same(between_steps, cells)
+    assert between_steps.uns["scldm_cd4"]["guidance_interval"] == {"from": 0.99, "to": 0.995}
+    assert not same(drawn(guidance_interval=(0.4, 0.6)), cells)
+    assert not same(drawn(guidance_interval=(0.4, 0.6)), drawn())
+
+
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -175,6 +187,7 @@ def test_size_factors(trained: Any) -> None:
         ({"guidance": None}, DataError, "None"),
         ({"guidance": {"perturbation": 2.0}}, DataError, "one guidance weight"),
         ({"guidance": {"sex": 2.0}}, DataError, "sex"),
+        ({"guidance_interval": (0.9, 0.1)}, DataError, "guidance interval"),
         ({"n_steps": 0}, DataError, "n_steps"),
         ({"n_steps": 1.5}, DataError, "n_steps"),
         ({"solver": "newton"}, DataError, "midpoint"),

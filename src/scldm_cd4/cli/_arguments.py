@@ -122,7 +122,9 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--output", choices=("counts", "mean", "lognorm", "latent"), default="counts", help="what X holds")
     p.add_argument("--guidance", type=float, default=1.0, metavar="W", help="1 conditional, 0 unconditional")
     p.add_argument("--solver", metavar="NAME", help="default midpoint")
-    p.add_argument("--n-steps", type=positive, metavar="N", help="steps of the solver (default 6; 10 for imported weights)")
+    p.add_argument(
+        "--n-steps", type=positive, metavar="N", help="steps of the solver (default 6; 10 for imported weights)"
+    )
     p.add_argument("--size-factor", type=float, metavar="COUNTS", help="counts per cell; default: drawn as in training")
     p.add_argument("--batch-size", type=positive, metavar="N", help="cells at a time")
     _engine(p, ("ray", "units"))

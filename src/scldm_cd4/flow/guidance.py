@@ -15,6 +15,9 @@ from scldm_cd4.flow.path import Velocity
 
 Guidance = float | Mapping[str, float]
 
+EVERYWHERE = (0.0, 1.0)
+ROUNDING = 1e-6
+"""Of a time in single precision."""
 CONTEXT = frozenset(("donor", "timepoint"))
 PARTS: dict[str, tuple[str, ...]] = {
     "joint": ROLES,
@@ -30,6 +33,7 @@ def guided(
     strategy: Dropout,
     guidance: Guidance,
     unconditional: Tensor,
+    interval: tuple[float, float] = EVERYWHERE,
 ) -> Velocity:
     """Return the guided velocity, itself a velocity.
 
@@ -51,6 +55,9 @@ def guided(
         One weight, or a weight for each of `PARTS` of the strategy; a part left out has weight 1.
     unconditional
         Index of the unconditional row of each attribute (3,).
+    interval
+        Times from noise (0) to data (1) between which, both included, the weights hold; elsewhere all are 1
+        (Kynkaanniemi et al. 2024, arXiv:2404.07724). The times of a batch are then equal.
 
     Returns
     -------
@@ -59,7 +66,8 @@ def guided(
     Raises
     ------
     ValueError
-        A weight is negative or not finite, a part is unknown, or the weights differ under ``joint``.
+        A weight is negative or not finite, a part is unknown, the weights differ under ``joint``, or the interval is
+        not one within 0 and 1.
 
     Examples
     --------
@@ -70,7 +78,21 @@ def guided(
     >>> field(torch.ones(2, 4), torch.zeros(2), torch.zeros(2, 3, dtype=torch.long)).shape
     torch.Size([2, 4])
     """
-    terms = _terms(strategy, _weights(strategy, guidance))
+    low, high = _interval(interval)
+    inside, outside = (
+        _sum_of(velocity, _terms(strategy, _weights(strategy, w)), unconditional) for w in (guidance, 1.0)
+    )
+    if (low, high) == EVERYWHERE:
+        return inside
+
+    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return (inside if low - ROUNDING <= float(t[0]) <= high + ROUNDING else outside)(x, t, labels)
+
+    return field
+
+
+def _sum_of(velocity: Velocity, terms: Mapping[frozenset[str], float], unconditional: Tensor) -> Velocity:
+    """Return the sum of velocities with some labels kept, times their coefficients."""
     keep = torch.tensor([[role in kept for role in ROLES] for kept in terms])  # (K, 3)
     coefficients = tuple(terms.values())
 
@@ -87,7 +109,7 @@ def guided(
     return field
 
 
-def conditioned_on(strategy: Dropout, guidance: Guidance) -> frozenset[str]:
+def conditioned_on(strategy: Dropout, guidance: Guidance, interval: tuple[float, float] = EVERYWHERE) -> frozenset[str]:
     """Return the attributes on which the guided velocity depends; none for unconditional generation.
 
     Raises
@@ -95,7 +117,18 @@ def conditioned_on(strategy: Dropout, guidance: Guidance) -> frozenset[str]:
     ValueError
         As for `guided`.
     """
-    return frozenset[str]().union(*_terms(strategy, _weights(strategy, guidance)))
+    weights = [guidance] if _interval(interval) == EVERYWHERE else [guidance, 1.0]
+    return frozenset[str]().union(*(kept for w in weights for kept in _terms(strategy, _weights(strategy, w))))
+
+
+def _interval(interval: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"the guidance interval is two times from noise (0) to data (1), got {interval!r}")
+    return low, high
 
 
 def _weights(strategy: str, guidance: Guidance) -> dict[str, float]:
