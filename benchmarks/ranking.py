@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -361,7 +362,7 @@ def racing(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return cells and recall of the true top 100 of 2,000 with and without racing."""
     from scldm_cd4.data.setup import fit_registry
     from scldm_cd4.generation import Trained
-    from scldm_cd4.ranking.perturbations import rank
+    from scldm_cd4.ranking import rank_perturbations
 
     adata = datasets.synthetic_cd4(200, 60, n_perturbations=2, n_donors=1, n_timepoints=1, seed=seed)
     CD4Model.setup_anndata(adata, **KEYS)
@@ -380,9 +381,9 @@ def racing(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     def run(n_cells: int, *, race: bool) -> dict[str, float]:
         source = Draws(truth, direction, options.sd, seed)
         trained: Any = Trained(None, None, registry, {})  # type: ignore[arg-type]
-        table = rank(
-            trained,
-            Sampling(seed=seed),
+        no_model = SimpleNamespace(adata=None, _trained=lambda: trained, _sampling=lambda **_: Sampling(seed=seed))
+        table = rank_perturbations(
+            no_model,
             target,
             effects=source,
             method="projection",

@@ -1,5 +1,6 @@
 """Scores of generated cells, and their quality."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,8 @@ def _names(scores: Any, metrics: Sequence[str] | None, table: Any) -> list[str]:
     ranked = [n for n in scores.index if METRICS[n].ranked and METRICS[n].family in RANKED]
     if names := [n for n in ranked if known[n]]:
         return names
-    notes = table["note"][table["note"].astype(bool)] if "note" in table else []
-    why = f" The table notes: {notes.value_counts().index[0]}" if len(notes) else ""
+    notes = [note for note in table.get("note", ()) if note]
+    why = f" The table notes: {statistics.mode(notes)}" if notes else ""
     raise DataError(
         "no metric of the table has a score: it takes ceilings=True, and train= with control cells of the contexts "
         f"that are scored.{why}"

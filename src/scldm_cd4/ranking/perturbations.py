@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,12 +175,6 @@ def rank_perturbations(
     table.attrs = _attrs(trained, sampling, parts, groups, direction, source, reliability)
     table.attrs |= {"n_cells": n_cells, "top_k": top_k, "n_boot": n_boot, "rounds": sizes}
     return table
-
-
-def rank(trained: Trained, sampling: Sampling, target: Any, **options: Any) -> pd.DataFrame:
-    """Rank without a model and its cells, such as by effects that no network made; see `rank_perturbations`."""
-    given = SimpleNamespace(adata=None, _trained=lambda: trained, _sampling=lambda **_: sampling)
-    return rank_perturbations(given, target, **options)
 
 
 @dataclass
