@@ -19,6 +19,9 @@ from scldm_cd4.train.latents import CellEncoder, chunks, decode_means, encode_ro
 from scldm_cd4.train.shrinkage import adaptive_shrink
 
 FloatArray = NDArray[np.float64]
+DONOR, TIMEPOINT, PERTURBATION = range(3)
+PRIOR_CELLS, PRIOR_COUNTS = 5, 2
+"""A perturbation is shrunk as if so many cells without an effect, and so many counts of each gene, had been seen."""
 HALF = 0.5
 """Counts added to observed and decoded ones, so that their ratio has a logarithm."""
 N_SWEEPS = 15
@@ -62,9 +65,13 @@ def untold_effects(
 
     The decoded mean of a cell is multiplied by the effects of its three labels. Each role in turn is estimated with the
     effects of the others in the decoded counts: a donor of whom training has the controls alone does not take what
-    belongs to all controls for its own, and carry it over to perturbed cells. The log ratio of a level with o observed
-    and e decoded counts in n cells has the variance :math:`\ln^2(o/e) / D + 1 / (n \theta)` with D the Poisson deviance
-    :math:`2 (o \ln(o/e) - o + e)`, and is shrunk by `adaptive_shrink`.
+    belongs to all controls for its own, and carry it over to perturbed cells.
+
+    The log ratio of a donor or time point with o observed and e decoded counts in n cells has the variance
+    :math:`\ln^2(o/e) / D + 1 / (n \theta)` with D the Poisson deviance :math:`2 (o \ln(o/e) - o + e)`, and is shrunk by
+    `adaptive_shrink`: a new combination takes over what it holds of noise. That of a perturbation is
+    ln((o + k) / (e + k)) with k = `PRIOR_CELLS` e / n + `PRIOR_COUNTS`: shrunk gene by gene, many small changes in one
+    direction would all but vanish.
 
     Returns
     -------
@@ -75,15 +82,19 @@ def untold_effects(
     effects = [np.zeros_like(o) for o in sums.observed]
     for _ in range(N_SWEEPS):
         change = 0.0
-        for role in (2, 0, 1):  # what all contexts have in common is the perturbation's
+        for role in (PERTURBATION, DONOR, TIMEPOINT):  # what all contexts have in common is the perturbation's
             some = sums.n_cells[role] > 0
             if some.sum() < 2:
                 continue
-            observed = sums.observed[role][some] + HALF
-            expected = sums.expected_with(effects, role)[some] + HALF
-            ratio = np.log(observed / expected)
-            noise = _variance(observed, expected, ratio) + sums.dispersion / sums.n_cells[role][some, None]
-            new = adaptive_shrink(ratio, noise, generator)
+            observed, expected = sums.observed[role][some], sums.expected_with(effects, role)[some]
+            n_cells = sums.n_cells[role][some, None]
+            if role == PERTURBATION:
+                prior = expected * PRIOR_CELLS / n_cells + PRIOR_COUNTS
+                new = np.log((observed + prior) / (expected + prior))
+            else:
+                ratio = np.log((observed + HALF) / (expected + HALF))
+                noise = _variance(observed + HALF, expected + HALF, ratio) + sums.dispersion / n_cells
+                new = adaptive_shrink(ratio, noise, generator)
             change = max(change, float(np.abs(new - effects[role][some]).max()))
             effects[role][some] = new
         if change < TOLERANCE:
