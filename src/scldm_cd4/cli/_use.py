@@ -52,9 +52,9 @@ def generate(options: argparse.Namespace) -> str:
     model = CD4Model.from_pretrained(options.model, device=device)
     say("generating ...")
     labels = {role: getattr(options, role) for role in ("perturbation", "donor", "timepoint")}
-    names = ("output", "solver", "n_steps", "batch_size")
+    names = ("output", "guidance", "solver", "n_steps", "batch_size")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    asked = {name: getattr(options, name) for name in ("n_cells", "guidance", "seed", "out", "overwrite")}
+    asked = {name: getattr(options, name) for name in ("n_cells", "seed", "out", "overwrite")}
     asked |= {"conditions": conditions, "size_factors": options.size_factor}
     if engine is not None:
         path = generate_divided(model, engine, labels, sampling=how, **asked)
