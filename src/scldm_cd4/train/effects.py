@@ -129,10 +129,11 @@ class Sums:
             counts = cells.counts(rows[index])
             library = torch.from_numpy(np.asarray(counts.sum(1), dtype=np.float32).reshape(-1, 1))
             mean = decode_means(vae, encode_rows(vae, cells, rows[index], encoder=encoder), library).numpy()
-            for role, n in enumerate(sizes):
-                members = _members(labels[index, role], np.arange(len(index)), (n, len(index)))
-                observed[role] += (members @ counts).toarray()
-                expected[role] += members @ mean
+            for role in range(3):
+                levels, code = np.unique(labels[index, role], return_inverse=True)  # few of thousands in a batch
+                members = _members(code, np.arange(len(index)), (len(levels), len(index)))
+                observed[role][levels] += (members @ counts).toarray()
+                expected[role][levels] += members @ mean
             excess += (np.square(counts.toarray() - mean) - mean).sum(axis=0)
             square += np.square(mean).sum(axis=0)
         n_cells = [np.bincount(labels[:, role], minlength=n) for role, n in enumerate(sizes)]
