@@ -75,8 +75,8 @@ def untold_effects(
 
     Returns
     -------
-    (number of levels, G) for donor, time point and perturbation, zero for a level without cells and for a role of which
-    a single level has some.
+    (number of levels, G) for donor, time point and perturbation, zero for a level without cells, and for a single
+    donor or time point.
     """
     sums = Sums.of(vae, cells, rows)
     effects = [np.zeros_like(o) for o in sums.observed]
@@ -84,8 +84,8 @@ def untold_effects(
         change = 0.0
         for role in (PERTURBATION, DONOR, TIMEPOINT):  # what all contexts have in common is the perturbation's
             some = sums.n_cells[role] > 0
-            if some.sum() < 2:
-                continue
+            if role != PERTURBATION and some.sum() < 2:
+                continue  # what it has is in the perturbations
             observed, expected = sums.observed[role][some], sums.expected_with(effects, role)[some]
             n_cells = sums.n_cells[role][some, None]
             if role == PERTURBATION:
