@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 EPS = 1e-8
@@ -104,6 +103,8 @@ def nb_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
 
 
 def _scipy_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    from scipy import stats
+
     q, m, th = (x.cpu().numpy() for x in (u, mu, theta))
     poisson = np.isinf(th)
     out = np.empty_like(m)
