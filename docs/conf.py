@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyXRefRole
 
@@ -27,7 +28,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -61,6 +61,7 @@ if os.environ.get("READTHEDOCS"):
         "scanpy": ("https://scanpy.readthedocs.io/en/stable", None),
     }
 
+MADE_BY_FUNCTIONS = ("scldm_cd4.data.store.CellStore",)
 autosummary_generate = True
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
@@ -75,6 +76,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # tutorials hold their outputs
 nb_merge_streams = True
 
+html_math_renderer = "mathml"  # browsers draw it themselves: no script, no network
 html_theme = "sphinx_book_theme"
 html_title = "scldm_cd4"
 html_static_path = ["_static"]
@@ -97,6 +99,19 @@ def own(name: str, rawtext: str, text: str, *rest: Any, **options: Any) -> tuple
     return [nodes.literal(rawtext, text)], []
 
 
+def mathml(writer: Any, node: nodes.Element) -> None:
+    """Write a formula as MathML."""
+    writer.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
+def hide_constructor(app: Sphinx, what: str, name: str, *rest: Any) -> tuple[str, str | None] | None:
+    """Leave out the arguments of classes that users do not construct."""
+    return ("", None) if name in MADE_BY_FUNCTIONS else None
+
+
 def setup(app: Sphinx) -> None:
-    """Add the role that docstrings use."""
+    """Add the role that docstrings use, and the two changes above."""
     app.add_role("own", own)
+    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+    app.connect("autodoc-process-signature", hide_constructor)

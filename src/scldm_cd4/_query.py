@@ -9,6 +9,7 @@ import pandas as pd
 from scldm_cd4._base import resolve_seed
 from scldm_cd4._errors import DataError
 from scldm_cd4._storage import StorageMethods
+from scldm_cd4.conditions import told_by_role
 from scldm_cd4.data.splits import Split
 from scldm_cd4.embedding import as_rows
 from scldm_cd4.familiarity import Familiarity
@@ -17,6 +18,7 @@ from scldm_cd4.familiarity import Familiarity
 class QueryMethods(StorageMethods):
     """New donors and time points from a few cells."""
 
+    @told_by_role
     def extend(self, adata: Any = None, *, donor: Any = None, timepoint: Any = None, seed: int | None = None) -> Self:
         """Give a model that also knows a new donor or time point, fitted to a few cells of it.
 

@@ -1,9 +1,11 @@
 """What a user asks for, as a list of conditions with labels that the model knows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import signature
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ DEFAULT_N_CELLS = 100
 N_CELLS = "n_cells"
 Row = tuple[tuple[str | None, ...], int]
 """Labels and number of cells."""
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,24 @@ class Request:
     n_cells: int
     first: int = 0
     """Number of the first cell among all that could be drawn of the condition."""
+
+
+def told_by_role(method: F) -> F:
+    """Let a method of a model say which argument takes the labels of a column that is given as a keyword."""
+    known = signature(method).parameters
+
+    @wraps(method)
+    def called(self: Any, *args: Any, **keywords: Any) -> Any:
+        for attribute in self._state.registry.attributes:
+            takes = known.keys() & {attribute.role, f"{attribute.role}s"}
+            if takes and attribute.column in keywords.keys() - known.keys():
+                raise DataError(
+                    f"{attribute.column}= is no argument of {method.__name__}: obs[{attribute.column!r}] was declared "
+                    f"as the {attribute.role}, so its labels go to {takes.pop()}="
+                )
+        return method(self, *args, **keywords)
+
+    return called  # type: ignore[return-value]
 
 
 def resolve_requests(

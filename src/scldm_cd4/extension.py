@@ -113,7 +113,7 @@ def extend(
         assert cells.labels is not None
         assert new.vae is not None
         assert new.dit is not None
-        warn_of_far_cells(state.familiarity, new.vae, cells, stacklevel=4)
+        warn_of_far_cells(state.familiarity, new.vae, cells, stacklevel=5)
         latents = encode_rows(new.vae, cells, rows)
         device = next(new.dit.parameters()).device
         tables = fit_embeddings(
@@ -171,7 +171,7 @@ def _warn_without_cells(before: Registry, role: str, labels: Sequence[str]) -> N
         f"no cells of the new {role} {', '.join(map(repr, labels))} were given: cells are generated as of the average "
         f"of {len(_trained_codes(before, role))} trained {role} levels, and nothing of its own is known",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -12,7 +12,7 @@ from scldm_cd4._errors import DataError
 from scldm_cd4._query import QueryMethods
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
-from scldm_cd4.conditions import resolve_requests
+from scldm_cd4.conditions import resolve_requests, told_by_role
 from scldm_cd4.config import ModelConfig, resolve_config
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.mudata import as_anndata, setup_mudata
@@ -165,6 +165,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         finally:
             self._state.to(self.device)
 
+    @told_by_role
     def generate(
         self,
         perturbation: Any = None,
@@ -273,7 +274,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         options["workers"] = settings.num_workers
         if cells is not None:
             given = CellData.from_adata(cells, self._state.registry)
-            warn_of_far_cells(self._state.familiarity, trained.vae, given, stacklevel=3)
+            warn_of_far_cells(self._state.familiarity, trained.vae, given, stacklevel=4)
             return counterfactual_cells(trained, sampling, given, labels, **options)
         used = used_roles(trained.dit, sampling)
         requests = resolve_requests(trained.registry, n_cells=n_cells, conditions=conditions, used=used, **labels)

@@ -203,6 +203,8 @@ def test_guidance_holds_within_its_interval(trained: Any, cells: Any) -> None:
         ({"donor": pd.DataFrame({"donor_id": ["CE0008162"]})}, DataError, "takes labels, got DataFrame.*conditions="),
         ({"perturbation": [None]}, UnknownCategoryError, "None"),
         ({"donor": "D9"}, UnknownCategoryError, "CE0008162"),
+        ({"donor_id": "CE0008162"}, DataError, r"declared as the donor, so its labels go to donor="),
+        ({"pertubation": "NTC"}, TypeError, "unexpected keyword argument 'pertubation'"),
         ({"genes": ["NOTAGENE"]}, GeneMismatchError, "NOTAGENE"),
         ({"genes": []}, GeneMismatchError, "at least one"),
         ({"genes": "GATA3", "output": "latent"}, DataError, "no meaning"),

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_import_is_light():
     code = f"import sys, scldm_cd4; sys.exit(' '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("place", ["", ".pl", ".pp", ".metrics", ".ranking", ".datasets"])
+def test_dir_lists_the_public_names_and_no_others(place: str):
+    module = import_module(f"scldm_cd4{place}")
+    assert [name for name in dir(module) if not name.startswith("_")] == sorted(set(module.__all__) - {"__version__"})
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_lightning_waits_for_a_training():

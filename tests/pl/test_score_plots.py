@@ -1,6 +1,7 @@
 """Plots of trainings, effects, scores and quality: what they draw, write and refuse."""
 
 import sys
+from itertools import combinations
 from typing import Any
 
 import anndata as ad
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from scldm_cd4 import DataError, GeneMismatchError, metrics, pl
 
@@ -68,6 +70,18 @@ def test_delta_scatter_draws_effects_against_real_controls(real: Any, generated:
         pl.delta_scatter(real, generated, "A", save=tmp_path / "a.nothing")
 
 
+def test_names_stand_apart_and_inside(real: Any, generated: Any) -> None:
+    """Also where many genes lie in one heap."""
+    ax = pl.delta_scatter(real, generated, "A", n_named=20)
+    figure = ax.get_figure()
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts] + [ax.get_legend().get_window_extent()]
+    assert len(boxes) == 22
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+    frame = ax.get_window_extent().padded(1.0)
+    assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
 def test_volcano_of_cells_and_of_tables(generated: Any, real: Any) -> None:
     ax = pl.de_volcano(generated, perturbation="A", n_named=4)
     assert named(ax) == {"g0", "g1", "g2", "A"}
@@ -115,8 +129,24 @@ def test_overlay_matches_composition(real: Any, generated: Any) -> None:
         pl.overlay(real, generated, method="tsne")
     other = generated.copy()
     other.obs["perturbation"] = "B"
-    with pytest.raises(DataError, match="share no condition"):
+    with pytest.raises(DataError, match="none is shared"):
         pl.overlay(real, other, method="pca")
+
+
+def test_overlay_of_few_cells_says_what_is_too_few(real: Any, generated: Any) -> None:
+    few = real[[0, 2, 4, 1, 3, 5, *range(120, 130, 2)]].copy()  # three of two conditions, five of one
+    with pytest.raises(DataError, match=r"at least 4 real cells \(2 with reference=\).* hold 3 real cells at most"):
+        pl.overlay(few[:6], generated)
+    figure = pl.overlay(few, generated, reference=real, method="pca")
+    assert "cells each" in figure.axes[0].get_title()
+    with pytest.warns(UserWarning, match=r"2 of 3 conditions are left out: they have fewer than 4 real cells"):
+        pl.overlay(few, generated, method="pca")
+    with pytest.raises(DataError, match="a plane needs at least 4 reference cells, got 2; give other real cells"):
+        pl.overlay(few[6:], generated)
+    with pytest.raises(DataError, match="real: there are no cells"):
+        pl.overlay(real[:0], generated)
+    with pytest.raises(DataError, match="n_cells must be at least 1"):
+        pl.overlay(real, generated, n_cells=0)
 
 
 def test_history_has_a_panel_per_stage(trained: Any) -> None:

@@ -43,6 +43,8 @@ def test_panel_says_which_perturbed_genes_are_absent(cells: Any) -> None:
     assert len(panel) == cells.n_vars - 1
     with pytest.raises(DataError, match="gene_key="):
         pp.select_panel(cells, 10, perturbation_key="donor_id")
+    with pytest.raises(DataError, match=r"got Index: names of genes.*adata\[:, panel\]"):
+        CD4Model.setup_anndata(panel, perturbation_key="perturbation")
     with pytest.raises(DataError, match="n_top_genes"):
         pp.select_panel(cells, 0)
 

@@ -119,12 +119,15 @@ def read_declaration(adata: Any) -> dict[str, str | None]:
 
 def require_anndata(adata: Any) -> None:
     """Raise DataError for what is no AnnData or `CellStore`, such as the name of a file."""
+    import pandas as pd
     from anndata import AnnData
 
     if not isinstance(adata, AnnData | CellStore):
         hint = ": declare a MuData with setup_mudata" if type(adata).__name__ == "MuData" else ""
         if isinstance(adata, str | Path | list | tuple):
             hint = ": open files first, scldm_cd4.open_cells(...), or read one into memory, anndata.read_h5ad(...)"
+        if isinstance(adata, pd.Index):
+            hint = ": names of genes, as of pp.select_panel, choose columns of one: adata = adata[:, panel].copy()"
         raise DataError(f"an AnnData is needed, got {type(adata).__name__}{hint}")
 
 

@@ -144,9 +144,6 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
         )
         if not keep.all():
             ax.scatter(real[~keep], pred[~keep], s=34, c=INK, marker="x", lw=1.2, label="target (left out)")
-        shown = np.argsort(-np.maximum(np.abs(real), np.abs(pred)), kind="stable")[:N_LABELS]
-        labels = [plain(scored.truth.real.genes[g], 16) for g in shown]
-        name_points(ax, real[shown], pred[shown], labels, (limit, limit))
         ax.set(
             xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="real shift", ylabel="generated shift"
         )
@@ -154,6 +151,10 @@ def deltas(scored: Scored, rows: Sequence[int]) -> Any:
         ax.set_title(f"{name(scored.conditions[row])}\nr = {r:.2f}, {int(hit.sum())} significant genes")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda pair: len(pair[0]))
     figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
+    for ax, row in zip(axes, rows, strict=True):
+        real, pred = shifts.real[row], shifts.pred[row]
+        shown = np.argsort(-np.maximum(np.abs(real), np.abs(pred)), kind="stable")[:N_LABELS]
+        name_points(ax, real[shown], pred[shown], [plain(scored.truth.real.genes[g], 16) for g in shown])
     return figure
 
 

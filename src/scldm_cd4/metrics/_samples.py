@@ -248,8 +248,10 @@ def read_sample(
     Raises
     ------
     DataError
-        If the values are not of the declared type, or a column is missing.
+        If there are no cells, the values are not of the declared type, or a column is missing.
     """
+    if adata.n_obs == 0:
+        raise DataError(f"{what}: there are no cells")
     if getattr(adata, "isbacked", False):
         adata = adata.to_memory()
     labels, levels = read_labels(adata.obs, keys.perturbation, "perturbation_key")

@@ -106,7 +106,6 @@ def delta_scatter(
     if not keep.all():
         ax.scatter(x[~keep], y[~keep], s=36, c=INK, marker="x", lw=1.3, label="perturbed gene (left out of r)")
         ax.legend(frameon=False, fontsize=8, loc="lower right")
-    _name(ax, x, y, names, genes, np.where(keep, np.maximum(np.abs(x), np.abs(y)), -1.0), n_named, (limit, limit))
     chance = float(chance_level(n["real"], n["control"], n["generated"]))
     text = f"r = {r:.2f} (by chance {chance:.2f})\n{n['real']} real, {n['generated']} generated,\n"
     text += f"{n['control']} control cells in {n['contexts']} context{'s' if n['contexts'] > 1 else ''}"
@@ -114,6 +113,7 @@ def delta_scatter(
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="real effect", ylabel="generated effect")
     ax.set_title(plain(perturbation) if title is None else title)
     open_sides(ax)
+    _name(ax, x, y, names, genes, np.where(keep, np.maximum(np.abs(x), np.abs(y)), -1.0), n_named)
     return finish(ax, save)
 
 
@@ -215,7 +215,6 @@ def de_volcano(
         ax.scatter(x[rows], y[rows], s=12, c=colour, alpha=0.6, lw=0, label=f"{label} ({rows.sum()})", rasterized=True)
     limit, top = 1.25 * max(np.abs(x).max(initial=0.0), 1e-6), 1.15 * max(y.max(initial=0.0), 1.5)
     ax.axhline(-np.log10(fdr), color=GREY, lw=0.8, ls=":")
-    _name(ax, x, y, names, genes, np.where(hit, y + np.abs(x) / limit, -1.0), n_named, (limit, top), low=0.0)
     label = CHANGES.get(change, "log2 fold change")
     ax.set(xlim=(-limit, limit), ylim=(-0.02 * top, top), xlabel=label, ylabel="$-\\log_{10}$ adjusted p")
     ax.set_title(plain(perturbation or "") if title is None else title)
@@ -223,6 +222,7 @@ def de_volcano(
         ax.text(0.01, 0.99, note, transform=ax.transAxes, va="top", fontsize=7.5, color=INK)
     open_sides(ax)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, handletextpad=0.1)
+    _name(ax, x, y, names, genes, np.where(hit, y + np.abs(x) / limit, -1.0), n_named)
     return finish(ax, save)
 
 
@@ -267,9 +267,6 @@ def _name(
     wanted: Sequence[str],
     weight: np.ndarray,
     n: int,
-    limits: tuple[float, float],
-    *,
-    low: float | None = None,
 ) -> None:
     """Name the genes that are wanted, and those of the largest weight of at least 0."""
     from scldm_cd4._errors import GeneMismatchError
@@ -283,4 +280,4 @@ def _name(
     rest = [int(i) for i in np.argsort(-weight, kind="stable")[: max(n, 0)] if weight[i] >= 0 and i not in first]
     shown = np.array([*first, *rest], dtype=np.int64)
     colours = [COLOURS[1]] * len(first) + [INK] * len(rest)
-    name_points(ax, x[shown], y[shown], [plain(names[i], 16) for i in shown], limits, low=low, colours=colours)
+    name_points(ax, x[shown], y[shown], [plain(names[i], 16) for i in shown], colours=colours)

@@ -75,66 +75,72 @@ def agreement_lines(ax: Any) -> None:
 
 
 def name_points(
-    ax: Any,
-    x: np.ndarray,
-    y: np.ndarray,
-    names: Sequence[str],
-    limits: tuple[float, float],
-    *,
-    low: float | None = None,
-    colours: Sequence[str] | None = None,
+    ax: Any, x: np.ndarray, y: np.ndarray, names: Sequence[str], *, colours: Sequence[str] | None = None
 ) -> None:
-    """Write names beside points, outward where there is room, none above another.
+    """Write names beside points, near them where there is room, none above another.
+
+    A greedy search, the first name first: of places around the point at growing distances, it takes the one that
+    hides least and is nearest.
 
     Parameters
     ----------
     ax
-        With points from ``-limits[0]`` to ``limits[0]``, and up to ``limits[1]``.
+        With its limits, labels and title, and all that names should not hide: points, texts and a legend.
     x, y, names
         Of the points.
-    limits
-        Of x (both sides) and y.
-    low
-        Lower limit of y; by default ``-limits[1]``.
     colours
         Of the names.
     """
     from matplotlib.patheffects import withStroke
 
-    width, high = limits
-    low = -high if low is None else low
-    for side in (1.0, -1.0):
-        own = np.flatnonzero(x > 0 if side > 0 else x <= 0)
-        own = own[np.argsort(y[own], kind="stable")]
-        for i, height in zip(own.tolist(), _apart(y[own], 0.05 * (high - low), high), strict=True):
-            outward = side if abs(x[i]) < 0.5 * width else -side
-            ax.annotate(
-                names[i],
-                (x[i], y[i]),
-                (x[i] + 0.09 * width * outward, height),
-                ha="left" if outward > 0 else "right",
-                va="center",
-                fontsize=7.5,
-                color=INK if colours is None else colours[i],
-                path_effects=[withStroke(linewidth=2.0, foreground="white")],
-                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
-            )
+    figure = ax.get_figure()
+    figure.draw_without_rendering()  # gives everything its place
+    pixels = figure.dpi / 72.0
+    frame = np.array(ax.get_window_extent().extents)
+    spots = ax.transData.transform(np.column_stack([x, y]))
+    ink = np.concatenate([ax.transData.transform(np.asarray(drawn.get_offsets())) for drawn in ax.collections])
+    others = [*ax.texts, *([ax.get_legend()] if ax.get_legend() else [])]
+    extents = [other.get_window_extent().extents for other in others]
+    taken = np.vstack([np.hstack([spots - 3 * pixels, spots + 3 * pixels]), *extents])
+    for i, (spot, name) in enumerate(zip(spots, names, strict=True)):
+        text = ax.annotate(
+            name,
+            (x[i], y[i]),
+            (0.0, 0.0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INK if colours is None else colours[i],
+            path_effects=[withStroke(linewidth=2.0, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )
+        size = np.asarray(text.get_window_extent().size)
+        place, line = _free_place(spot, size, frame, np.delete(taken, i, axis=0), ink, pixels)
+        text.set_position((place - spot) / pixels)
+        taken = np.vstack([taken, np.concatenate([place - size / 2, place + size / 2])])
+        ink = np.concatenate([ink, line])
 
 
-def _apart(heights: np.ndarray, gap: float, limit: float) -> np.ndarray:
-    """Move sorted heights apart by a gap at least, within the limits."""
-    from sklearn.isotonic import isotonic_regression
-
-    if len(heights) == 0:
-        return heights
-    steps = gap * np.arange(len(heights))
-    out = np.asarray(isotonic_regression(heights.astype(np.float64) - steps)) + steps  # as near as the gap allows
-    over = out[-1] - 0.95 * limit
-    if over > 0:
-        out[-1] -= over
-        for i in range(len(out) - 2, -1, -1):
-            out[i] = min(out[i], out[i + 1] - gap)
-    return out
+def _free_place(
+    spot: np.ndarray, size: np.ndarray, frame: np.ndarray, taken: np.ndarray, ink: np.ndarray, pixels: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middle of a box beside a spot, and points on the line to it; boxes are left, bottom, right, top."""
+    angles = np.linspace(0.0, 2.0 * np.pi, 16, endpoint=False)
+    ways = np.column_stack([np.cos(angles), np.sin(angles)])
+    steps = np.repeat(np.array([7.0, 13.0, 21.0, 31.0, 43.0, 57.0, 80.0, 110.0]) * pixels, len(ways))
+    ends = spot + steps[:, None] * np.tile(ways, (8, 1))
+    middles = ends + np.tile(ways, (8, 1)) * size / 2
+    boxes = np.hstack([middles - size / 2, middles + size / 2]) + np.array([-1, -1, 1, 1]) * pixels
+    lines = spot + np.linspace(0.2, 1.0, 12)[:, None] * (ends - spot)[:, None, :]
+    outside = ((boxes[:, :2] < frame[:2]) | (boxes[:, 2:] > frame[2:])).any(axis=1)
+    meets = (boxes[:, None, :2] < taken[:, 2:]) & (boxes[:, None, 2:] > taken[:, :2])
+    above = (ink > boxes[:, None, :2]) & (ink < boxes[:, None, 2:])
+    crossed = (lines[:, :, None] > taken[:, :2]) & (lines[:, :, None] < taken[:, 2:])
+    cost = steps / (8.0 * pixels) + 0.5 * np.minimum(above.all(axis=2).sum(axis=1), 40)
+    cost += 1e4 * outside + 1e3 * meets.all(axis=2).sum(axis=1) + 100.0 * crossed.all(axis=3).any(axis=(1, 2))
+    best = int(np.argmin(cost))
+    return middles[best], lines[best]
 
 
 def histograms(ax: Any, real: np.ndarray, generated: np.ndarray, title: str, *, log: bool) -> None:

@@ -1,5 +1,6 @@
 """Real and generated cells, as AnnData, in one plane."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def overlay(
     """Draw generated over real cells in a plane that other real cells have shaped, and real over real cells beside it.
 
     All kinds have the same number of cells of every condition, so that neither density nor composition misleads, and
-    are drawn in shuffled order. Counts are log-normalised by each cell's own total. The panel of two samples of real
-    cells shows how much apart cells of one distribution look.
+    are drawn in shuffled order. A condition with fewer than two real cells (four without `reference`) cannot be
+    compared and is left out, with a warning. Counts are log-normalised by each cell's own total. The panel of two
+    samples of real cells shows how much apart cells of one distribution look.
 
     Parameters
     ----------
@@ -68,9 +70,15 @@ def overlay(
     Raises
     ------
     DataError
-        The method or a column is unknown, values are no counts, or too few real and generated cells share conditions.
+        The method or a column is unknown, values are no counts, `n_cells` is below 1, or no condition has enough real
+        and generated cells.
     GeneMismatchError
         The genes differ.
+
+    Warns
+    -----
+    UserWarning
+        Conditions were left out.
 
     Examples
     --------
@@ -81,6 +89,8 @@ def overlay(
 
     if method not in METHODS:
         raise DataError(f"method must be one of {tuple(METHODS)}, got {method!r}")
+    if n_cells < 1:
+        raise DataError(f"n_cells must be at least 1, got {n_cells!r}")
     keys = Keys.resolve(generated, perturbation_key, context_keys, control="")
     sides = {"real": real, "generated": generated} | ({} if reference is None else {"reference": reference})
     genes = common_genes(sides)
@@ -90,7 +100,8 @@ def overlay(
     shapes = samples["real"].values[shaping] if reference is None else samples["reference"].values
     shapes = shapes[rng.permutation(shapes.shape[0])[:MAX_SHAPING]]
     if shapes.shape[0] < 4:
-        raise DataError(f"a plane needs at least 4 reference cells, got {shapes.shape[0]}")
+        hint = "; give other real cells as reference=" if reference is None else ""
+        raise DataError(f"a plane needs at least 4 reference cells, got {shapes.shape[0]}{hint}")
     axes = fit_projection(shapes, min(n_components, shapes.shape[0] - 1, len(genes) - 1))
     origin = (samples["real"], samples["real"], samples["generated"])
     features = [axes.apply(sample.values[rows]) for sample, rows in zip(origin, kinds, strict=True)]
@@ -122,6 +133,24 @@ def _choose(
     """Return the rows of real, other real and generated cells, equally many of each condition, and those that shape."""
     kinds: list[list[np.ndarray]] = [[], [], []]
     shaping = [np.empty(0, dtype=np.int64)]
+    needed = 4 if with_shaping else 2
+    shared = [len(rows) for key, rows in real.groups.items() if len(generated.rows(key))]
+    few = sum(n < needed for n in shared)
+    if few == len(shared):
+        found = (
+            f"the {few} conditions that both have hold {max(shared)} real cells at most" if few else "none is shared"
+        )
+        raise DataError(
+            f"a condition is compared by at least {needed} real cells{' (2 with reference=)' * with_shaping} and one "
+            f"generated cell of the same labels, but {found}"
+        )
+    if few:
+        warnings.warn(
+            f"{few} of {len(shared)} conditions are left out: they have fewer than {needed} real cells"
+            f"{' (2 are enough with reference=)' * with_shaping}",
+            UserWarning,
+            stacklevel=3,
+        )
     for key, rows in real.groups.items():
         mixed = rng.permutation(rows)
         if with_shaping:
@@ -132,11 +161,6 @@ def _choose(
         for kind, cells in zip(kinds, (mixed[:n], mixed[n : 2 * n], made[:n]), strict=True):
             kind.append(cells)
     whole = [np.concatenate(kind) for kind in kinds]
-    if len(whole[0]) < 2:
-        raise DataError(
-            "real and generated cells share no condition with enough cells: two real ones (four without reference=) "
-            "and one generated cell of the same labels are needed"
-        )
     kept = np.sort(rng.permutation(len(whole[0]))[:n_cells])
     return [rows[kept] for rows in whole], np.concatenate(shaping)
 

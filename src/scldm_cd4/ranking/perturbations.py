@@ -11,7 +11,7 @@ import pandas as pd
 from scldm_cd4._console import tracked
 from scldm_cd4._errors import DataError
 from scldm_cd4._settings import settings
-from scldm_cd4.conditions import as_n_cells, requested_levels
+from scldm_cd4.conditions import as_n_cells, requested_levels, told_by_role
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.engines import one_caller
 from scldm_cd4.generation import Trained
@@ -36,6 +36,7 @@ from scldm_cd4.sampling import Sampling
 EACH, AVERAGE, GENERATED = "each", "average", "generated"
 
 
+@told_by_role
 def rank_perturbations(
     self: Any,
     target: Any,

@@ -179,7 +179,7 @@ class Reader:
                 f"needed.{names}"
             )
         if share < GOOD_SHARE:
-            warnings.warn(f"the model has only {share:.0%} of the {what}'s genes", UserWarning, stacklevel=6)
+            warnings.warn(f"the model has only {share:.0%} of the {what}'s genes", UserWarning, stacklevel=7)
         return known, weights, share
 
     def _direction(self, key: str, start: str, end: str, method: str) -> Profile:
@@ -211,7 +211,7 @@ class Reader:
         warnings.warn(
             f"no donor has {MIN_CELLS} cells of both {start!r} and {end!r}: the direction mixes groups and donors",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
         return [np.ones(len(labels), dtype=bool)]
 
