@@ -1,6 +1,7 @@
 """Training from files: memory by number of cells, throughput of the loader, share of a step that waits for cells.
 
-python -m benchmarks.scale memory --cells 200000 800000
+python -m benchmarks.scale memory --cells 200000 800000 --stage vae
+python -m benchmarks.scale memory --cells 200000 800000 --stage flow
 python -m benchmarks.scale loader --cells 40000
 python -m benchmarks.scale wait --cells 40000
 """
@@ -9,7 +10,6 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from importlib.util import find_spec
@@ -62,54 +62,42 @@ def write_cells(path: Path, n: int, expressed: int = EXPRESSED, **storage: Any) 
     return path
 
 
-class Peak:
-    """Largest anonymous memory of this process inside the block, MiB (RssAnon; pages of mapped files do not count)."""
+def peak_anonymous(command: list[str]) -> float:
+    """Run a process and return its largest anonymous memory, MiB (pages of mapped files do not count).
 
-    def __enter__(self) -> "Peak":
-        self.value, self.stop = 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.02):
-            self.value = max(self.value, anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.value = max(self.value, anonymous())
-
-
-def anonymous() -> float:
-    """Return the anonymous memory of this process, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+    It is looked at from outside: a thread inside would miss peaks of some milliseconds while it waits for its turn.
+    """
+    process, peak = subprocess.Popen(command), 0
+    while process.poll() is None:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.002)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return peak / 1024
 
 
 def train(path: Path, stage: str, batches: int) -> None:
-    """Train on a file and print the peak."""
+    """Train one stage on a file; the flow takes the autoencoder that was trained before."""
     from scldm_cd4 import CD4Model, open_cells
 
-    began = time.process_time()
-    with Peak() as peak:
-        cells = open_cells(path)
-        CD4Model.setup_anndata(cells, **KEYS)
-        model = CD4Model(cells, "tiny", **SMALL)
-        model.train(
-            max_epochs=1, stage=stage, batch_size=256, seed=0, limit_train_batches=batches, early_stopping=False
-        )
-    print(
-        f"{cells.n_obs} cells, {stage}: peak {peak.value:.0f} MiB, {time.process_time() - began:.0f} s CPU", flush=True
-    )
+    cells, saved = open_cells(path), path.with_name("autoencoder")
+    CD4Model.setup_anndata(cells, **KEYS)
+    model = CD4Model(cells, "tiny", **SMALL) if stage == "vae" else CD4Model.load(saved, cells)
+    model.train(max_epochs=1, stage=stage, batch_size=256, seed=0, limit_train_batches=batches, early_stopping=False)
+    if stage == "vae":
+        model.save(saved, overwrite=True)
 
 
-def memory(folder: Path, sizes: list[int], stage: str, batches: int) -> None:
-    """Train on files of several sizes, each in a process of its own."""
+def memory(folder: Path, sizes: list[int], stage: str, batches: int, rounds: int) -> None:
+    """Print the largest memory of training on files of several sizes, each in processes of their own."""
     for n in sizes:
         path = write_cells(folder / f"cells{n}.h5ad", n)
         command = [sys.executable, __file__, "train", "--file", str(path), "--stage", stage, "--batches", str(batches)]
-        subprocess.run(command, check=True)
+        before = os.times()
+        peaks = [f"{peak_anonymous(command):.0f}" for _ in range(rounds)]
+        cpu = (os.times().children_user - before.children_user) / rounds
+        print(f"{n} cells, {stage}: peak {', '.join(peaks)} MiB, {cpu:.0f} s CPU each", flush=True)
 
 
 def loader(folder: Path, n: int, rounds: int, batch: int = 512) -> None:
@@ -210,7 +198,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scale"))
     parser.add_argument("--cells", type=int, nargs="+", default=[40_000])
     parser.add_argument("--file", type=Path)
-    parser.add_argument("--stage", default="vae")
+    parser.add_argument("--stage", choices=("vae", "flow"), default="vae")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -218,7 +206,7 @@ def main() -> None:
     if options.what == "train":
         train(options.file, options.stage, options.batches)
     elif options.what == "memory":
-        memory(options.folder, options.cells, options.stage, options.batches)
+        memory(options.folder, options.cells, options.stage, options.batches, options.rounds)
     elif options.what == "loader":
         loader(options.folder, options.cells[0], options.rounds)
     else:

@@ -94,7 +94,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
-        return self.dropout(self.c_proj(F.silu(self.w1(x)) * self.w2(x)))
+        a, b = self.w1(x), self.w2(x)
+        gated = F.silu(a) * b if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
+        return self.dropout(self.c_proj(gated))
 
 
 class Block(nn.Module):

@@ -9,6 +9,9 @@ EPS = 1e-8
 LARGE_THETA = 50.0
 """Above this inverse dispersion, differences of lnG are taken by Stirling's series."""
 
+FIRST_COUNTS, MAX_SUMMED = 4, 2**20
+"""Counts whose probabilities are summed at once, twice as many each time; values that are laid out for it."""
+
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """Negative binomial log-likelihood, element by element, in nats.
@@ -83,22 +86,25 @@ def nb_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         hard = active[far]
         out[hard] = _scipy_quantile(u.flatten()[hard], mu.flatten()[hard], theta[hard])
         active = active[~far]
-    # the running state of the elements whose cumulative probability is still below u
-    u, m, th, p = (x.flatten()[active] for x in (u, mu, theta, p))
+    # the running state of the elements whose cumulative probability is still below u; columns are counts k + 1, k + 2, ..
+    u, m, th, p = (x.flatten()[active, None] for x in (u, mu, theta, p))
     infinite = torch.isinf(th)
     ratio = torch.where(infinite, m, m / (m + th))
     start, slope = torch.where(infinite, 1.0, th), torch.where(infinite, 0.0, 1.0)
-    cumulative, k = p.clone(), 0
-    while len(active):
-        p = p * (start + slope * k) / (k + 1) * ratio
-        cumulative = cumulative + p
-        k += 1
+    cumulative, k, width = p, 0, FIRST_COUNTS
+    while n := len(active):
+        width = max(1, min(width, MAX_SUMMED // n))
+        j = torch.arange(k, k + width, dtype=p.dtype, device=p.device)
+        p = p * torch.cumprod((start + slope * j) / (j + 1) * ratio, 1)
+        cumulative = torch.cumsum(torch.cat([cumulative, p], 1), 1)[:, 1:]
         # p below the rounding of 1 cannot move the sum any more: u lies beyond what doubles resolve
-        done = (u < cumulative) | ((p < 1e-18) & (k > m))
-        out[active[done]] = k
-        keep = torch.nonzero(~done)[:, 0]
-        active, u, p, cumulative = active[keep], u[keep], p[keep], cumulative[keep]
+        done = (u < cumulative) | ((p < 1e-18) & (j + 1 > m))
+        ended = done[:, -1]  # what is done at a count is done at the next
+        out[active[ended]] = (k + 1 + done.int().argmax(1)[ended]).float()
+        keep = torch.nonzero(~ended)[:, 0]
+        active, u, p, cumulative = active[keep], u[keep], p[keep, -1:], cumulative[keep, -1:]
         ratio, start, slope, m = ratio[keep], start[keep], slope[keep], m[keep]
+        k, width = k + width, 2 * width
     return out.view(mu.shape)
 
 
