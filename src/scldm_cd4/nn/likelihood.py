@@ -86,7 +86,7 @@ def nb_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         hard = active[far]
         out[hard] = _scipy_quantile(u.flatten()[hard], mu.flatten()[hard], theta[hard])
         active = active[~far]
-    # the running state of the elements whose cumulative probability is still below u; columns are counts k + 1, k + 2, ..
+    # the running state of the elements whose cumulative probability is still below u; columns are counts from k + 1
     u, m, th, p = (x.flatten()[active, None] for x in (u, mu, theta, p))
     infinite = torch.isinf(th)
     ratio = torch.where(infinite, m, m / (m + th))
