@@ -45,8 +45,8 @@ nitpick_ignore = [  # in signatures, but of no use to a caller
         "data.rows.RowSource",
         "engines.In",
         "engines.Out",
-        "metrics._samples.Sample",
-        "metrics._training.Training",
+        "metrics.cells.samples.Sample",
+        "metrics.baselines.training.Training",
         "ranking.population.PairSums",
     )
 ]

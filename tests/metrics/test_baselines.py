@@ -8,10 +8,11 @@ import scipy.sparse as sp
 
 from scldm_cd4 import metrics
 from scldm_cd4._errors import DataError
-from scldm_cd4.metrics import _shifts, baselines
-from scldm_cd4.metrics._emit import emit_counts
-from scldm_cd4.metrics._samples import Keys, read_sample
-from scldm_cd4.metrics._training import Training
+from scldm_cd4.metrics import baselines
+from scldm_cd4.metrics.baselines import shifts
+from scldm_cd4.metrics.baselines.counts import emit_counts
+from scldm_cd4.metrics.baselines.training import Training
+from scldm_cd4.metrics.cells.samples import Keys, read_sample
 
 CONTROL = "NTC"
 KEYS = {"perturbation_key": "target", "context_keys": ["donor"], "control": CONTROL}
@@ -125,34 +126,34 @@ def test_two_way_equals_the_ridge_solution(training):
     for row, (donor, label) in enumerate(keys):
         design[row, 1 + donors.index(donor)] = 1
         design[row, 1 + len(donors) + labels.index(label)] = 1
-    penalty = np.diag([0.0] + [_shifts.RIDGE] * (design.shape[1] - 1))
+    penalty = np.diag([0.0] + [shifts.RIDGE] * (design.shape[1] - 1))
     weights = np.linalg.solve(design.T @ design + penalty, design.T @ training.shifts)
-    np.testing.assert_allclose(_shifts.two_way(training, keys), design @ weights, atol=1e-10)
+    np.testing.assert_allclose(shifts.two_way(training, keys), design @ weights, atol=1e-10)
 
 
 def test_shrinkage_is_the_least_squares_factor(training):
-    keys, shifts = training.perturbed_keys, training.shifts
+    keys, own = training.perturbed_keys, training.shifts
     above = below = 0.0
     for row, (donor, label) in enumerate(keys):
         others = [i for i, (d, p) in enumerate(keys) if p == label and d != donor]
         if others:
-            mean = shifts[others].mean(axis=0)
-            above, below = above + mean @ shifts[row], below + mean @ mean
-    assert _shifts.shrinkage(training) == pytest.approx(above / below)
-    assert 0.5 < _shifts.shrinkage(training) < 1
+            mean = own[others].mean(axis=0)
+            above, below = above + mean @ own[row], below + mean @ mean
+    assert shifts.shrinkage(training) == pytest.approx(above / below)
+    assert 0.5 < shifts.shrinkage(training) < 1
 
 
 def test_means_that_cannot_be_known_are_nan(training):
-    assert np.isnan(_shifts.nearest_context(training, [("d1", "unseen")])).all()
-    assert np.isnan(_shifts.ridge_bilinear(training, [("d9", "A")])).all()
-    assert np.isfinite(_shifts.additive(training, [("d1", "unseen")])).all()
+    assert np.isnan(shifts.nearest_context(training, [("d1", "unseen")])).all()
+    assert np.isnan(shifts.ridge_bilinear(training, [("d9", "A")])).all()
+    assert np.isfinite(shifts.additive(training, [("d1", "unseen")])).all()
 
 
 def test_bilinear_beats_the_control_where_effects_are_shared(training):
     truth = make_cells([("d1", CONTROL), ("d1", "A")], n=600, seed=8)
     keys = Keys.resolve(None, "target", ["donor"], CONTROL)
     other = Training(read_sample(truth, keys, np.array(GENES, dtype=object), "truth"), CONTROL)
-    guess = _shifts.ridge_bilinear(training, [("d1", "A")])[0]
+    guess = shifts.ridge_bilinear(training, [("d1", "A")])[0]
     assert np.corrcoef(guess, other.shifts[0])[0, 1] > 0.3
 
 

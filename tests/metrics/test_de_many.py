@@ -61,7 +61,7 @@ class TestRanks:
 
     def test_blocks_and_order_of_cells_do_not_matter(self, monkeypatch):
         expected = all_tests()
-        monkeypatch.setattr("scldm_cd4.metrics._ranks.BLOCK", 100)
+        monkeypatch.setattr("scldm_cd4.metrics.de.ranks.BLOCK", 100)
         counts, codes = cells()
         order = np.random.default_rng(0).permutation(len(codes))
         values = metrics.log_normalize(counts[order])

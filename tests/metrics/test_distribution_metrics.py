@@ -155,7 +155,7 @@ class TestMMD:
 class TestCompositionalKernels:
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_positive_definite_bounded_and_one_for_equal_profiles(self, kernel):
-        from scldm_cd4.metrics._compositional import compositional_kernel
+        from scldm_cd4.metrics.distribution.compositional import compositional_kernel
 
         x = counts(40, 60)
         matrix = compositional_kernel(x, x, kernel)

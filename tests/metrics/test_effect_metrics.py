@@ -59,7 +59,7 @@ class TestPseudobulks:
     def test_order_chunks_sparsity_and_unused_labels_do_not_matter(self, monkeypatch):
         counts, labels = simulate()
         expected = bulks_of(counts, labels)
-        monkeypatch.setattr("scldm_cd4.metrics._pseudobulk.CHUNK", 37)
+        monkeypatch.setattr("scldm_cd4.metrics.cells.pseudobulk.CHUNK", 37)
         order = np.random.default_rng(0).permutation(len(counts))
         shuffled = labels.iloc[order].astype("category")
         shuffled["perturbation"] = shuffled["perturbation"].cat.add_categories("unused")
@@ -277,7 +277,7 @@ class TestEffectTable:
         real, pred = simulate(1), simulate(2)
         expected = table_of(real, pred)
         order = np.random.default_rng(0).permutation(60)
-        monkeypatch.setattr("scldm_cd4.metrics._effects.ROWS", 4)
+        monkeypatch.setattr("scldm_cd4.metrics.effects.table.ROWS", 4)
         got = table_of((real[0][:, order], real[1]), (pred[0][:, order], pred[1]))
         for name, values in expected.items():
             np.testing.assert_allclose(got[name], values, rtol=1e-9, atol=1e-10, err_msg=name)
@@ -285,7 +285,7 @@ class TestEffectTable:
 
 class TestRows:
     def test_rank_correlation_with_ties_and_left_out_genes(self):
-        from scldm_cd4.metrics._rows import spearman_rows
+        from scldm_cd4.metrics.effects.rows import spearman_rows
 
         rng = np.random.default_rng(0)
         x, y, keep = rng.integers(0, 5, (20, 30)), rng.normal(size=(20, 30)), rng.random((20, 30)) < 0.7

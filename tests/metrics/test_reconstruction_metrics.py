@@ -37,7 +37,8 @@ def test_pieces_sparsity_and_type_do_not_matter(cells, axis, monkeypatch):
     assert metrics.pcc(real, sp.csc_matrix(pred), axis=axis) == pytest.approx(wanted, abs=1e-12)
     error, zeros = metrics.mse(real, pred), metrics.zeros_accuracy(real, pred)
     monkeypatch.setattr(
-        "scldm_cd4.metrics._reconstruction._pieces", lambda m: (slice(i, i + 7) for i in range(0, m.shape[0], 7))
+        "scldm_cd4.metrics.distribution.reconstruction._pieces",
+        lambda m: (slice(i, i + 7) for i in range(0, m.shape[0], 7)),
     )
     assert metrics.pcc(real, pred, axis=axis) == pytest.approx(wanted, abs=1e-12)
     assert metrics.mse(real, pred) == pytest.approx(error, rel=1e-12)

@@ -14,7 +14,10 @@ import scipy.sparse as sp
 
 from scldm_cd4 import metrics
 from scldm_cd4._errors import DataError
-from scldm_cd4.metrics import _report_cells, _report_figures, _report_page, _report_parts
+from scldm_cd4.metrics.cells.samples import Keys
+from scldm_cd4.metrics.page import figures, parts
+from scldm_cd4.metrics.page import html as written
+from scldm_cd4.metrics.page.scored import Scored
 
 EVIL = '<script>alert("x")</script>'
 ODD = "_a$b & <b>c</b>"
@@ -69,10 +72,10 @@ def html(cells, table, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Small figures, few redraws, and two principal components in place of the UMAP, which takes seconds to start."""
-    monkeypatch.setattr(_report_page, "DPI", 20)
-    monkeypatch.setattr(_report_parts, "N_BOOT", 5)
-    monkeypatch.setattr(_report_parts, "MAX_DRAWN", 1)
-    monkeypatch.setattr("scldm_cd4.metrics._report.MAX_PANELS", 1)
+    monkeypatch.setattr(written, "DPI", 20)
+    monkeypatch.setattr(parts, "N_BOOT", 5)
+    monkeypatch.setattr(parts, "MAX_DRAWN", 1)
+    monkeypatch.setattr("scldm_cd4.metrics.page.report.MAX_PANELS", 1)
     monkeypatch.setattr("scldm_cd4.pl.embed_like", first_components)
 
 
@@ -181,7 +184,7 @@ class TestNumbers:
             assert row[0].startswith(name)
             for shown, column in columns.items():
                 text = row[head.index(shown)].lstrip("★▽ ").split(" ")[0]
-                assert text == _report_page.number(float(means.loc[name, column])), (name, shown)
+                assert text == written.number(float(means.loc[name, column])), (name, shown)
 
     def test_best_and_worst_are_marked_in_words_too(self, page, table):
         head, *rows = page.tables["scores"][0]
@@ -202,8 +205,8 @@ class TestNumbers:
         for shown, (_, row) in zip(rows, table.iterrows(), strict=True):
             assert shown[:3] == [row["context"], row["perturbation"], row["metric"]]
             for name in ("value", "floor", "ceiling"):
-                assert shown[head.index(name)] == _report_page.number(float(row[name]))
-            assert shown[head.index("two way")] == _report_page.number(float(row["baseline_two_way"]))
+                assert shown[head.index(name)] == written.number(float(row[name]))
+            assert shown[head.index("two way")] == written.number(float(row["baseline_two_way"]))
             assert shown[head.index("n real")] == str(row["n_real"])
 
     def test_the_csv_has_all_digits(self, html, table):
@@ -217,10 +220,10 @@ class TestNumbers:
         assert len(rows) == 6
         for row in rows:
             for shown, name in (("precision", "de_precision"), ("recall", "de_recall"), ("F1", "de_f1")):
-                assert row[head.index(shown)] == _report_page.number(float(at[row[0], row[1], name]))
+                assert row[head.index(shown)] == written.number(float(at[row[0], row[1], name]))
         head, *rows = page.tables["deltas"][0]
         for row in rows:
-            assert row[head.index("r")] == _report_page.number(float(at[row[0], row[1], "pearson_delta"]))
+            assert row[head.index("r")] == written.number(float(at[row[0], row[1], "pearson_delta"]))
 
     def test_quality_is_of_equal_numbers_of_cells(self, cells):
         scored = read(cells)
@@ -244,14 +247,14 @@ class TestNumbers:
         + [(float("nan"), "–"), (float("-inf"), "-∞"), (1234, "1,234")],
     )
     def test_numbers_for_readers(self, value, text):
-        assert _report_page.number(value) == text
+        assert written.number(value) == text
 
 
 def read(cells, **changes):
     settings = {"genes": "exact", "target_genes": TARGETS, "min_cells": 10, "n_components": 30, "pca_on": "reference"}
     settings |= {"allow_missing": False, "fdr": 0.05, "seed": 5, "layer": None, "input_type": "counts"}
-    keys = metrics._samples.Keys("target", ("<donor>",), CONTROL)
-    return _report_cells.Scored.read(cells, keys, **{**settings, "size_factor_key": None, **changes})
+    keys = Keys("target", ("<donor>",), CONTROL)
+    return Scored.read(cells, keys, **{**settings, "size_factor_key": None, **changes})
 
 
 class TestFigures:
@@ -274,27 +277,25 @@ class TestFigures:
 
     def test_figures_of_simulated_cells_say_so_themselves(self, cells, quick):
         scored = read(cells)
-        made, again, given = (
-            _report_page.tostring(_report_parts.quality(scored, simulated)) for simulated in (True, True, False)
-        )
+        made, again, given = (written.tostring(parts.quality(scored, simulated)) for simulated in (True, True, False))
         assert made == again != given
 
     def test_shifts_are_drawn_for_every_gene(self, cells):
         scored = read(cells)
-        with _report_figures.drawing():
-            figure = _report_figures.deltas(scored, [0, 5])
+        with figures.drawing():
+            figure = figures.deltas(scored, [0, 5])
         assert [ax.get_visible() for ax in figure.axes] == [True, True]
         drawn = sum(len(c.get_offsets()) for c in figure.axes[0].collections)
         assert drawn == len(GENES)
         named = {text.get_text() for text in figure.axes[0].texts}
         top = np.argsort(-np.maximum(np.abs(scored.shifts.real[0]), np.abs(scored.shifts.pred[0])))[:8]
-        assert named == {_report_figures.plain(GENES[gene], 16) for gene in top}
+        assert named == {figures.plain(GENES[gene], 16) for gene in top}
 
     def test_settings_of_the_session_stay(self, cells):
         import matplotlib
 
         before = dict(matplotlib.rcParams)
-        with matplotlib.rc_context({"font.size": 3.0}), _report_figures.drawing():
+        with matplotlib.rc_context({"font.size": 3.0}), figures.drawing():
             assert matplotlib.rcParams["font.size"] == 9.0
         assert dict(matplotlib.rcParams) == before
 
@@ -302,7 +303,7 @@ class TestFigures:
         ("label", "text"), [("a$b", r"a\$b"), ("_a", " _a"), ("a\nb", "a b"), ("x" * 40, "x" * 25 + "…")]
     )
     def test_labels_are_drawn_as_they_stand(self, label, text):
-        assert _report_figures.plain(label) == text
+        assert figures.plain(label) == text
 
 
 class TestUse:
@@ -321,7 +322,7 @@ class TestUse:
         assert "repeat" not in head
         expected = metrics.aggregate(metrics.evaluate(**cells, **KEYS, **options))
         shown = [row[head.index("prediction")].lstrip("★▽ ").split(" ")[0] for row in rows]
-        assert shown == [_report_page.number(float(value)) for value in expected["value"]]
+        assert shown == [written.number(float(value)) for value in expected["value"]]
 
     def test_without_training_cells_and_with_log_values(self, cells, tmp_path, quick):
         sides = {what: cells[what].copy() for what in ("real", "pred")}

@@ -20,6 +20,7 @@ MAX_LINES = 8
 NO_EXAMPLE = {
     "data.splits.make_split": "takes cells as a training reads them",
     "data.splits.Split": "made by make_split",
+    "metrics.baselines.emit": "takes training cells as baselines read them; predict reads them",
 }
 """Public names without an example, and why."""
 
@@ -34,12 +35,12 @@ def _public() -> dict[str, Any]:
         if not name.startswith("_") and not isinstance(inspect.getattr_static(CD4Model, name), property)
     }
     modules = {"metrics": metrics, "datasets": datasets, "pl": pl, "pp": pp, "ranking": ranking}
+    modules |= {"metrics.baselines": metrics.baselines, "metrics.compat": metrics.compat}
     for place, module in modules.items():
         found |= {f"{place}.{name}": getattr(module, name) for name in module.__all__}
-    for place, module in {"metrics.compat": metrics.compat, "metrics.ranking": metrics.ranking}.items():
+    for place, module in {"metrics.ranking": metrics.ranking, "metrics.registry": metrics.registry}.items():
         found |= _defined(place, module)
-    found |= {f"metrics.baselines.{name}": getattr(metrics.baselines, name) for name in ("Baseline", "get", "predict")}
-    found |= _defined("metrics.registry", metrics.registry) | _defined("config", config)
+    found |= _defined("config", config)
     return {name: thing for name, thing in found.items() if callable(thing)}
 
 

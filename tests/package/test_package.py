@@ -97,6 +97,16 @@ def test_dependencies_run_downward(place: str, forbidden: tuple[str, ...]):
     assert not wrong
 
 
+def test_parts_of_metrics_build_on_those_before_them():
+    order = ("registry.py", "cells", "effects", "de", "distribution", "baselines", "scoring", "compat", "page")
+    inside = {path.name for path in (SOURCE / "metrics").iterdir()} - {"__init__.py", "__pycache__", "ranking.py"}
+    assert inside == set(order)
+    for i, place in enumerate(order):
+        later = [f"scldm_cd4.metrics.{name}" for name in order[i + 1 :]]
+        for path in modules(f"metrics/{place}"):
+            assert not [module for module in imports(path) if any(reaches(module, name) for name in later)], path
+
+
 def test_only_training_imports_lightning():
     users = {
         path.relative_to(SOURCE).parts[0]

@@ -90,7 +90,8 @@ def delta_scatter(
     >>> ax = pl.delta_scatter(real, cells, "GATA3", n_named=5, title="GATA3, SIMULATED")
     """
     from scldm_cd4.metrics import chance_level, safe_pearson
-    from scldm_cd4.metrics._samples import Keys, common_genes, read_sample
+    from scldm_cd4.metrics.cells.genes import common_genes
+    from scldm_cd4.metrics.cells.samples import Keys, read_sample
 
     keys = Keys.resolve(generated, perturbation_key, context_keys, control)
     names = common_genes({"real": real, "generated": generated})
@@ -229,7 +230,8 @@ def de_volcano(
 def _test(cells: Any, perturbation: str | None, control: str | None) -> tuple[Any, str]:
     """Test the cells of a perturbation against their controls, and say how many cells there were."""
     from scldm_cd4.metrics import de_genes
-    from scldm_cd4.metrics._samples import Keys, gene_names, read_sample
+    from scldm_cd4.metrics.cells.genes import gene_names
+    from scldm_cd4.metrics.cells.samples import Keys, read_sample
 
     if perturbation is None:
         raise DataError("say which perturbation to test: de_volcano(cells, perturbation=...)")

@@ -85,7 +85,8 @@ def overlay(
     >>> figure = pl.overlay(real, cells, reference=train, method="pca", title="SIMULATED")
     """
     from scldm_cd4.metrics import fit_projection
-    from scldm_cd4.metrics._samples import Keys, common_genes, read_sample
+    from scldm_cd4.metrics.cells.genes import common_genes
+    from scldm_cd4.metrics.cells.samples import Keys, read_sample
 
     if method not in METHODS:
         raise DataError(f"method must be one of {tuple(METHODS)}, got {method!r}")

@@ -225,7 +225,7 @@ def qc(
     --------
     >>> figure = pl.qc(real, cells, title="SIMULATED")
     """
-    from scldm_cd4.metrics._samples import common_genes
+    from scldm_cd4.metrics.cells.genes import common_genes
 
     genes = common_genes({"real": real, "generated": generated})
     n = min(real.n_obs, generated.n_obs)

@@ -1,0 +1,1 @@
+"""Cells to numbers: genes matched by name, counts checked, conditions, pseudobulks, components."""

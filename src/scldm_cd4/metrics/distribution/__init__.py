@@ -1,0 +1,1 @@
+"""Cells against cells: distances between populations, neighbours, moments, copies, expected counts."""

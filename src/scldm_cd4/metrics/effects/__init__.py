@@ -1,0 +1,1 @@
+"""Effects of perturbations: mean shifts against the control, and whether they can be told apart."""
