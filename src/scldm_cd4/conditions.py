@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def told_by_role(method: F) -> F:
                 )
         return method(self, *args, **keywords)
 
-    return called  # type: ignore[return-value]
+    return cast("F", called)
 
 
 def resolve_requests(

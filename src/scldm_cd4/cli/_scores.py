@@ -3,6 +3,9 @@
 Per perturbation, n cells of each pool are drawn with the contexts of the n held-out cells: generated cells; real
 training cells of the same condition (what a repeat of the experiment reaches: ceiling, and floor of the distances);
 and control cells (baseline: no effect at all). Effects are taken against other control cells than the baseline's.
+
+The numbers are those of `scldm_cd4.metrics`; only who is compared with whom is settled here. `metrics.evaluate` scores
+each condition by itself, and most conditions of a demo hold some five held-out cells.
 """
 
 from typing import Any
