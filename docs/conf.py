@@ -41,8 +41,6 @@ nitpick_ignore = [  # in signatures, but of no use to a caller
     ("py:class", f"scldm_cd4.{name}")
     for name in (
         "data.cells.CellData",
-        "data.rows.Reopened",
-        "data.rows.RowSource",
         "engines.In",
         "engines.Out",
         "metrics.cells.samples.Sample",
