@@ -165,25 +165,25 @@ def solvers(options: argparse.Namespace) -> None:
     names = [registry.control, *(options.perturbations or seen[:7])]
     sampler, noise, codes = states(model, options.cells, names)
     control = registry.perturbation.levels.index(registry.control)
-    uniforms = np.random.default_rng(0).random((len(codes), sampler.vae.n_genes))
+    uniforms = np.random.default_rng(0).random((options.draws, len(codes), sampler.vae.n_genes))
     sizes = np.concatenate([sampler._library(s) for s in segments(model, options.cells)])
     library = np.tile(sizes, len(names))  # the same sizes for every condition, as in a ranking
 
     def carry(solver: str, n_steps: int) -> tuple[np.ndarray, float]:
-        way = Sampler(sampler.vae, sampler.dit, sampler.registry, Sampling(0, "latent", 1.0, solver, n_steps))
+        way = Sampler(sampler.vae, sampler.dit, sampler.registry, Sampling(0, "latent", solver=solver, n_steps=n_steps))
         start = time.process_time()
         return way.flow(noise, codes), time.process_time() - start
 
     def measured(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[set[int]]]:
         means = log_normal(sampler.express(z, codes, library, None).astype(np.float64))
-        counts = log_normal(sampler.express(z, codes, library, uniforms).toarray().astype(np.float64))
-        base = codes[:, 2] == control
+        drawn = [sampler.express(z, codes, library, u).toarray().astype(np.float64) for u in uniforms]
+        counts, labels = log_normal(np.concatenate(drawn)), np.tile(codes[:, 2], options.draws)
+        base, control_cells = labels == control, codes[:, 2] == control
         found, effects = [], []
         for code in sorted(set(codes[:, 2].tolist()) - {control}):
-            here = codes[:, 2] == code
-            p = np.nan_to_num(mannwhitneyu(counts[here], counts[base], axis=0).pvalue, nan=1.0)
+            p = np.nan_to_num(mannwhitneyu(counts[labels == code], counts[base], axis=0).pvalue, nan=1.0)
             found.append(set(np.flatnonzero(false_discovery_control(p) < 0.05)))
-            effects.append(means[here].mean(0) - means[base].mean(0))
+            effects.append(means[codes[:, 2] == code].mean(0) - means[control_cells].mean(0))
         return np.array(effects), counts, found
 
     truth, _ = carry("rk4", 100)
@@ -265,11 +265,13 @@ def attention(options: argparse.Namespace) -> None:
             layers.EXPLICIT_ATTENTION_KEYS = limit
             return layers.attend(*tensors)
 
+        ways = {"written": partial(attend, 10**9), "fused": partial(attend, 0)}
         with torch.inference_mode():
-            ways = {"written": partial(attend, 10**9), "fused": partial(attend, 0)}
             times = cpu_seconds(ways, rounds=options.rounds)
+            exact = attend(10**9, (q.double(), k.double(), v.double()))
+            errors = {f"error_{name}": float((way() - exact).norm() / exact.norm()) for name, way in ways.items()}
             difference = float((attend(10**9) - attend(0)).abs().max())
-        row = {"heads": n_heads, "queries": queries, "keys": keys, "width": d, "difference": difference}
+        row = {"heads": n_heads, "queries": queries, "keys": keys, "width": d, "difference": difference} | errors
         print(json.dumps(row | {"fused_over_written": round(ratio(times, "fused", "written"), 2)}), flush=True)
     layers.EXPLICIT_ATTENTION_KEYS = written
     print("written out up to", written, "keys; load", round(os.getloadavg()[0], 1))
@@ -314,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cells", type=int, default=64, help="cells, of each condition for solvers")
     parser.add_argument("--perturbations", nargs="*", help="for solvers; the most frequent ones by default")
     parser.add_argument("--solvers", nargs="*", help="such as midpoint:6, in place of all")
+    parser.add_argument("--draws", type=int, default=1, help="counts drawn of each latent, for solvers")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     if options.model is None and options.what != "attention":
