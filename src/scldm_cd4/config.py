@@ -78,8 +78,8 @@ class VAEConfig:
     linear_rank: int = 0
     """Rank of a linear path beside encoder and decoder (0 for none, as released)."""
     label_rank: int = 0
-    """Rank of the mean effects of labels that the latents leave untold and that are added to the gene logits
-    (0: the decoder sees no labels, as released)."""
+    """Rank of the mean effects of labels that the latents leave untold and that are added to the gene logits: exact up
+    to as many labels, the largest directions above (0: the decoder sees no labels, as released)."""
 
     @property
     def latent_tokens(self) -> int:
@@ -302,7 +302,7 @@ _SMALL_VAE = VAEConfig(
     mask_padding=True,
     encode="expressed",
     linear_rank=32,
-    label_rank=32,
+    label_rank=256,
 )
 _SMALL_FLOW = FlowConfig(width=128, n_layers=4, n_heads=4, norm_eps=1e-6, label_std=0.5)
 _SMALL_TRAIN_VAE = StageConfig(

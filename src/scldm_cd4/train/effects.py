@@ -43,11 +43,15 @@ def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], genera
     generator
         Draws `MAX_CELLS` of more cells, and what the prior of the effects is estimated from.
     """
-    from sklearn.utils.extmath import randomized_svd
-
     if len(rows) > MAX_CELLS:
         rows = np.sort(generator.choice(rows, MAX_CELLS, replace=False))
-    effects = untold_effects(vae, cells, rows, generator)
+    write_effects(vae, untold_effects(vae, cells, rows, generator), generator)
+
+
+def write_effects(vae: VAE, effects: list[FloatArray], generator: np.random.Generator) -> None:
+    """Write effects (levels, G) of donors, time points and perturbations: exactly, where ``label_rank`` holds them."""
+    from sklearn.utils.extmath import randomized_svd
+
     stacked = np.concatenate(effects)
     rank = min(vae.config.label_rank, *stacked.shape)
     left, singular, right = randomized_svd(stacked, rank, random_state=int(generator.integers(2**31)))
@@ -56,6 +60,13 @@ def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], genera
         _write(table, slice(0, len(effect)), levels[start : start + len(effect)])
         start += len(effect)
     _write(vae.label_effects.loadings, slice(1, None), right.T * np.sqrt(singular))
+
+
+def label_effects(vae: VAE) -> list[FloatArray]:
+    """Return the effects that an autoencoder holds, (levels, G) for donor, time point and perturbation."""
+    tables: Any = vae.label_effects
+    loadings = tables.loadings.weight[1:].double().cpu().numpy()
+    return [table.weight[:-1].double().cpu().numpy() @ loadings.T for table in tables.vectors.values()]
 
 
 def untold_effects(
@@ -69,9 +80,8 @@ def untold_effects(
 
     The log ratio of a donor or time point with o observed and e decoded counts in n cells has the variance
     :math:`\ln^2(o/e) / D + 1 / (n \theta)` with D the Poisson deviance :math:`2 (o \ln(o/e) - o + e)`, and is shrunk by
-    `adaptive_shrink`: a new combination takes over what it holds of noise. That of a perturbation is
-    ln((o + k) / (e + k)) with k = `PRIOR_CELLS` e / n + `PRIOR_COUNTS`: shrunk gene by gene, many small changes in one
-    direction would all but vanish.
+    `adaptive_shrink`: a new combination takes over what it holds of noise. For that of a perturbation see
+    `perturbation_effect`.
 
     Returns
     -------
@@ -89,8 +99,7 @@ def untold_effects(
             observed, expected = sums.observed[role][some], sums.expected_with(effects, role)[some]
             n_cells = sums.n_cells[role][some, None]
             if role == PERTURBATION:
-                prior = expected * PRIOR_CELLS / n_cells + PRIOR_COUNTS
-                new = np.log((observed + prior) / (expected + prior))
+                new = perturbation_effect(observed, expected, n_cells)
             else:
                 ratio = np.log((observed + HALF) / (expected + HALF))
                 noise = _variance(observed + HALF, expected + HALF, ratio) + sums.dispersion / n_cells
@@ -100,6 +109,17 @@ def untold_effects(
         if change < TOLERANCE:
             break
     return effects
+
+
+def perturbation_effect(observed: FloatArray, expected: FloatArray, n_cells: NDArray[Any]) -> FloatArray:
+    """Return ln((o + k) / (e + k)) of observed and decoded counts (levels, G).
+
+    With k = `PRIOR_CELLS` e / n + `PRIOR_COUNTS`, which shrinks little: by its own noise alone each of many small
+    changes in one direction would all but vanish.
+    """
+    prior = expected * PRIOR_CELLS / n_cells + PRIOR_COUNTS
+    effect: FloatArray = np.log((observed + prior) / (expected + prior))
+    return effect
 
 
 @dataclass(frozen=True)
@@ -131,15 +151,15 @@ class Sums:
             mean = decode_means(vae, encode_rows(vae, cells, rows[index], encoder=encoder), library).numpy()
             for role in range(3):
                 levels, code = np.unique(labels[index, role], return_inverse=True)  # few of thousands in a batch
-                members = _members(code, np.arange(len(index)), (len(levels), len(index)))
-                observed[role][levels] += (members @ counts).toarray()
-                expected[role][levels] += members @ mean
+                own = members(code, len(levels))
+                observed[role][levels] += (own @ counts).toarray()
+                expected[role][levels] += own @ mean
             excess += (np.square(counts.toarray() - mean) - mean).sum(axis=0)
             square += np.square(mean).sum(axis=0)
         n_cells = [np.bincount(labels[:, role], minlength=n) for role, n in enumerate(sizes)]
         shares = {
             (a, b): sparse.diags(1 / np.maximum(n_cells[a], 1))
-            @ _members(labels[:, a], labels[:, b], (sizes[a], sizes[b]))
+            @ sparse.csr_matrix((np.ones(len(rows)), (labels[:, a], labels[:, b])), (sizes[a], sizes[b]))
             for a in range(3)
             for b in range(3)
             if a != b
@@ -160,9 +180,9 @@ class Sums:
         return expected
 
 
-def _members(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]) -> Any:
-    """Return how often each pair occurs, CSR."""
-    return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape)
+def members(group: NDArray[np.int64], n_groups: int) -> Any:
+    """Return which rows belong to each group, CSR (groups, rows) of 0 and 1."""
+    return sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (n_groups, len(group)))
 
 
 def _variance(observed: FloatArray, expected: FloatArray, ratio: FloatArray) -> FloatArray:

@@ -27,6 +27,7 @@ from scldm_cd4.train.latents import encode_rows, inference_batch_size, latent_by
 from scldm_cd4.train.launch import connect, idle_devices, processes, require_launcher, wait_for_all
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
 from scldm_cd4.train.options import by_stage, check_keywords, stage_configs
+from scldm_cd4.train.perturbations import settle_perturbations
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
 from scldm_cd4.train.rng import isolated_rng, key_seed
@@ -237,8 +238,7 @@ class _Job:
             constants={"mean_profile_nll": mean_profile},
         )
         if vae.config.label_rank and self.cells.labels is not None:
-            known = np.sort(np.concatenate([rows, self.split.validation]))
-            set_label_effects(vae, self.cells, known, np.random.default_rng(key_seed(self.seed, 19)))
+            set_label_effects(vae, self.cells, self._known(), np.random.default_rng(key_seed(self.seed, 19)))
         if config.refit_theta:
             generator = np.random.default_rng(key_seed(self.seed, 15))
             whole = [
@@ -271,11 +271,19 @@ class _Job:
         )
         plan = FlowPlan(dit, config, key_seed(self.seed, 21))
         self._stage("flow", plan, train, held_out, hardware=replace(self.hardware, num_workers=0))
-        self._forget_latents()
         self.result.online = {k: v.detach().to("cpu", copy=True) for k, v in dit.state_dict().items()}
         if plan.ema is not None:
             plan.ema.to(next(dit.parameters()).device).copy_to(dit)
+        if self.vae.config.label_rank and not self.result.interrupted:
+            assert train is not None  # there are training cells
+            seed = key_seed(self.seed, 22)
+            settle_perturbations(self.vae, dit, self.cells, self._known(), train.latents, train.labels, seed)
+        self._forget_latents()
         self.result.dit = dit
+
+    def _known(self) -> NDArray[np.int64]:
+        """Rows of all cells whose conditions are trained on."""
+        return np.sort(np.concatenate([self.split.train, self.split.validation]))
 
     def _latents(self, rows: NDArray[np.int64], name: str) -> Tensor | None:
         if not len(rows):

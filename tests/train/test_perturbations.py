@@ -1,0 +1,103 @@
+"""Perturbations of a trained flow: what of their latents' shift is no noise, and effects fitted to generated cells."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scldm_cd4.config import FlowConfig, VAEConfig
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.train.effects import label_effects, set_label_effects
+from scldm_cd4.train.latents import decode_means
+from scldm_cd4.train.perturbations import scale_embeddings, settle_perturbations, told_share
+
+SHAPE = (2, 1, 8)
+CONTROL = 0
+
+
+def latents_of(shift: float, seed: int, n: int = 4_000, spread: float = 1.0) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Latents of two donors that differ, and of 7 perturbations of which the last is shifted, in correlated noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.column_stack([rng.integers(0, 2, n), np.zeros(n, dtype=int), rng.integers(0, SHAPE[2], n)])
+    mix = rng.standard_normal((12, 12)) * np.geomspace(1, 0.05, 12)
+    z = rng.standard_normal((n, 12)) @ mix
+    z += 3.0 * labels[:, :1] + shift * (labels[:, 2:] == SHAPE[2] - 1)
+    return torch.from_numpy(spread * z).float().reshape(n, 4, 3), labels
+
+
+def test_shifts_of_latents_that_are_noise_are_told_from_one_that_is_not() -> None:
+    shares = np.array([told_share(*latents_of(0.5, seed), SHAPE, CONTROL) for seed in range(20)])
+    assert np.all(shares[:, CONTROL] == 1)
+    assert np.all(shares[:, -1] > 0.9)
+    without = shares[:, 1:-1]
+    assert without.min() == 0  # half of all F are below 1
+    assert without.mean() < 0.25
+    assert np.all(without < 0.8)
+
+
+def test_shares_do_not_depend_on_the_units_of_the_latent() -> None:
+    one, large = (told_share(*latents_of(0.3, 1, spread=s), SHAPE, CONTROL) for s in (1.0, 100.0))
+    np.testing.assert_allclose(one, large, rtol=1e-3, atol=1e-4)
+
+
+def test_without_controls_in_the_context_or_with_few_cells_nothing_is_scaled() -> None:
+    latents, labels = latents_of(0.0, 0)
+    alone = ~((labels[:, 0] == 1) & (labels[:, 2] == CONTROL)) & ~((labels[:, 0] == 0) & (labels[:, 2] == 3))
+    share = told_share(latents[alone], labels[alone], SHAPE, CONTROL)
+    assert share[3] == 1  # its cells are of the donor without control
+    assert share[1] < 0.8
+    assert np.all(told_share(latents[:20], labels[:20], SHAPE, CONTROL) == 1)
+
+
+def networks(cells: CellData) -> tuple[VAE, DiT]:
+    torch.manual_seed(0)
+    config = VAEConfig(width=32, n_tokens=4, n_channels=4, n_layers=1, label_rank=16)
+    flow = FlowConfig(width=16, n_layers=1, n_heads=2, label_std=0.5)
+    return (
+        VAE(config, cells.n_genes, cells.registry.vocabulary).eval(),
+        DiT(flow, config.latent_tokens, config.n_channels, cells.registry.vocabulary).eval(),
+    )
+
+
+def test_embeddings_move_toward_the_control(simulated: Any) -> None:
+    _, dit = networks(CellData.from_adata(simulated))
+    before = dit.class_embeddings["perturbation"].weight.detach().clone()
+    scale_embeddings(dit, np.array([1.0, 0.0, 0.5]), 0)
+    after = dit.class_embeddings["perturbation"].weight.detach()
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after[1], before[0])
+    torch.testing.assert_close(after[2], (before[0] + before[2]) / 2)
+    torch.testing.assert_close(after[3:], before[3:])
+
+
+def test_generated_means_of_perturbations_are_the_observed_ones(simulated: Any) -> None:
+    cells = CellData.from_adata(simulated)
+    assert cells.labels is not None
+    vae, dit = networks(cells)
+    rows, labels = np.arange(cells.n_cells), torch.from_numpy(cells.labels)
+    counts = cells.counts(rows).toarray()
+    latents = torch.randn(len(rows), 16, 4, generator=torch.Generator().manual_seed(0))
+
+    def gaps() -> list[float]:
+        """Typical log ratio of observed and generated counts of frequent genes, by perturbation."""
+        # the flow of an untrained network leaves noise where it is
+        decoded = decode_means(vae, latents, torch.from_numpy(counts.sum(axis=1))[:, None], labels).numpy()
+        out = []
+        for code in range(4):
+            own = cells.labels[:, 2] == code
+            observed, expected = counts[own].sum(axis=0), decoded[own].sum(axis=0)
+            frequent = observed > 50
+            assert frequent.sum() > 10
+            out.append(float(np.median(np.abs(np.log(observed[frequent] / expected[frequent])))))
+        return out
+
+    before = gaps()
+    set_label_effects(vae, cells, rows, np.random.default_rng(0))
+    others = label_effects(vae)[:2]
+    settle_perturbations(vae, dit, cells, rows, latents, labels, seed=1)
+    for old, new in zip(others, label_effects(vae), strict=False):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+    assert min(before) > 0.3
+    assert max(gaps()) < 0.1
