@@ -137,6 +137,16 @@ def test_nb_sampling_inverts_the_cumulative_distribution(theta_of):
     assert_quantiles(u, mu, np.broadcast_to(theta, mu.shape), counts.astype(np.float64))
 
 
+def test_nb_sampling_does_not_depend_on_how_many_probabilities_are_summed_at_once(monkeypatch):
+    rng = np.random.default_rng(3)
+    mu, theta = np.exp(rng.uniform(-4, 6, (30, 40))), np.exp(rng.normal(0, 2, (1, 40)))
+    u = rng.random(mu.shape)
+    counts = quantile(u, mu, theta)
+    monkeypatch.setattr("scldm_cd4.nn.likelihood.MAX_SUMMED", 1)
+    np.testing.assert_array_equal(quantile(u, mu, theta), counts)
+    assert counts.max() > 200
+
+
 def test_nb_sampling_at_the_edges():
     u = np.array([0.0, 0.0, 1 - 2**-53, 0.5, 0.3, 1 - 2**-53])
     mu = np.array([5.0, 0.0, 3.0, 20_000.0, 900.0, 0.0])

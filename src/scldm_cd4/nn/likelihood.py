@@ -95,7 +95,8 @@ def nb_quantile(u: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     while n := len(active):
         width = max(1, min(width, MAX_SUMMED // n))
         j = torch.arange(k, k + width, dtype=p.dtype, device=p.device)
-        p = p * torch.cumprod((start + slope * j) / (j + 1) * ratio, 1)
+        # in the order of one after the other, so that the last bits do not depend on the width
+        p = torch.cumprod(torch.cat([p, (start + slope * j) / (j + 1) * ratio], 1), 1)[:, 1:]
         cumulative = torch.cumsum(torch.cat([cumulative, p], 1), 1)[:, 1:]
         # p below the rounding of 1 cannot move the sum any more: u lies beyond what doubles resolve
         done = (u < cumulative) | ((p < 1e-18) & (j + 1 > m))
