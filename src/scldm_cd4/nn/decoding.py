@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from scldm_cd4.nn.layers import CrossBlock
 
-BLOCK_VALUES = 2**18
-"""Values of one hidden layer that are laid out at once: on a CPU what its caches hold."""
+CPU_VALUES, GPU_VALUES = 2**18, 2**25
+"""Values of a hidden layer that are laid out at once: on a CPU what its caches hold."""
 
 
 def folds(block: CrossBlock, n_tokens: int) -> bool:
@@ -39,14 +39,15 @@ def gene_outputs(block: CrossBlock, params: nn.Linear, x: Tensor, gene_vectors: 
     values = (v @ project).reshape(n_cells, heads * n_tokens, width)
     queries = block.attn.c_attn_q(block.ln_1q(gene_vectors))  # (G, E)
     base = gene_vectors if block.attn.c_proj.bias is None else gene_vectors + block.attn.c_proj.bias
-    hidden = torch.cat([block.mlp.w1.weight, block.mlp.w2.weight])  # (2F, E)
     last = params.weight @ block.mlp.c_proj.weight  # (P, F)
-    size = max(1, BLOCK_VALUES // (n_cells * len(hidden)) // 8) * 8
+    values_at_once = CPU_VALUES if x.device.type == "cpu" else GPU_VALUES
+    size = max(1, values_at_once // (n_cells * last.shape[1]) // 8) * 8
     out = []
     for q, e in zip(queries.split(size), base.split(size), strict=True):
         scores = torch.matmul(q, keys).view(n_cells, len(q), heads, n_tokens)
         gathered = scores.softmax(-1).view(n_cells, len(q), heads * n_tokens)
         y = torch.baddbmm(e.expand(n_cells, -1, -1), gathered, values)
-        a, b = F.linear(block.ln_2(y), hidden).chunk(2, dim=-1)
-        out.append(F.linear(y, params.weight, params.bias) + F.linear(F.silu(a).mul_(b), last))
+        normed = block.ln_2(y)  # two products from it: the halves of one would be read across
+        hidden = F.silu(block.mlp.w1(normed), inplace=True).mul_(block.mlp.w2(normed))
+        out.append(F.linear(y, params.weight, params.bias) + F.linear(hidden, last))
     return torch.cat(out, dim=1)
