@@ -160,8 +160,9 @@ def scale_embeddings(dit: DiT, share: FloatArray, control: int) -> None:
 def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], seed: int) -> None:
     """Fit the effects of perturbations to generated cells of their training conditions; see `perturbation_effect`.
 
-    Those of donors and time points stay. All perturbations of a context share the noise of their generated cells, so
-    that what these leave to chance is common to them.
+    Those of donors, time points and the control stay, which many training cells tell better than some generated ones.
+    All perturbations of a context share the noise of their generated cells: what these leave to chance cancels in the
+    difference from the control.
     """
     assert cells.labels is not None
     labels, parts = cells.labels, [rows[index] for index in chunks(len(rows), CHUNK)]
@@ -179,8 +180,14 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
         others = np.exp(effects[DONOR][donor] + effects[TIMEPOINT][timepoint])
         np.add.at(expected, perturbation, library[of, None] * shares * others)
     n_cells = np.bincount(conditions.labels[:, PERTURBATION], conditions.n_cells, minlength=len(observed))
-    some = n_cells > 0
-    effects[PERTURBATION][some] = perturbation_effect(observed[some], expected[some], n_cells[some, None])
+    some, new = n_cells > 0, np.zeros_like(observed)
+    new[some] = perturbation_effect(observed[some], expected[some], n_cells[some, None])
+    before, control = effects[PERTURBATION], cells.registry.control
+    if control is not None:
+        reference = np.eye(len(new))[cells.registry.perturbation.levels.index(control)]
+    else:
+        reference = n_cells / n_cells.sum()  # the mean of all cells
+    before[some] = reference @ before + new[some] - reference @ new
     write_effects(vae, effects, np.random.default_rng(key_seed(seed, 1)))
 
 
