@@ -27,8 +27,8 @@ HALF = 0.5
 N_SWEEPS = 15
 TOLERANCE = 1e-3
 """Change of an effect at which the sweeps end."""
-MAX_CELLS = 200_000
-"""Training cells that are looked at."""
+MAX_CELLS, MAX_VALUES = 20_000, 50_000_000
+"""Training cells that are looked at, more where cells times genes are fewer than the second: all are decoded."""
 
 
 def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], generator: np.random.Generator) -> None:
@@ -41,10 +41,11 @@ def set_label_effects(vae: VAE, cells: CellData, rows: NDArray[np.int64], genera
     cells, rows
         Training cells are these rows of `cells`, with labels.
     generator
-        Draws `MAX_CELLS` of more cells, and what the prior of the effects is estimated from.
+        Draws some of many cells, and what the prior of the effects is estimated from.
     """
-    if len(rows) > MAX_CELLS:
-        rows = np.sort(generator.choice(rows, MAX_CELLS, replace=False))
+    most = max(MAX_CELLS, MAX_VALUES // cells.n_genes)
+    if len(rows) > most:
+        rows = np.sort(generator.choice(rows, most, replace=False))
     write_effects(vae, untold_effects(vae, cells, rows, generator), generator)
 
 
