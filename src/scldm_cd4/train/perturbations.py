@@ -117,14 +117,13 @@ def told_share(latents: Tensor, labels: NDArray[np.integer], shape: tuple[int, i
     (number of perturbations,); 1 for the control, without control cells in the contexts of a perturbation, and for all
     where cells are too few for a covariance.
     """
-    parts = list(chunks(len(latents), CHUNK))
-    conditions = Conditions.of((labels[index] for index in parts), shape)
+    conditions = Conditions.of((labels[index] for index in chunks(len(labels), CHUNK)), shape)
     n, width, share = conditions.n_cells, latents[0].numel(), np.ones(shape[PERTURBATION])
     freedom = len(latents) - len(n)
     if freedom <= width:
         return share
     sums, square = np.zeros((len(n), width)), np.zeros((width, width))
-    for index in parts:
+    for index in chunks(len(latents), CHUNK):
         z = latents[index].reshape(len(index), -1).double().numpy()
         present, place = np.unique(conditions.find(labels[index]), return_inverse=True)
         sums[present] += members(place, len(present)) @ z
@@ -165,11 +164,12 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
     difference from the control.
     """
     assert cells.labels is not None
-    labels, parts = cells.labels, [rows[index] for index in chunks(len(rows), CHUNK)]
-    conditions = Conditions.of((labels[part] for part in parts), cells.registry.vocabulary)
+    labels = cells.labels
+    conditions = Conditions.of((labels[rows[index]] for index in chunks(len(rows), CHUNK)), cells.registry.vocabulary)
     observed = np.zeros((cells.registry.vocabulary[PERTURBATION], cells.n_genes))
     library = np.zeros(len(conditions))
-    for part in parts:
+    for index in chunks(len(rows), CHUNK):
+        part = rows[index]
         counts = cells.counts(part)
         present, place = np.unique(labels[part, PERTURBATION], return_inverse=True)
         observed[present] += members(place, len(present)) @ counts
@@ -184,10 +184,11 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
     new[some] = perturbation_effect(observed[some], expected[some], n_cells[some, None])
     before, control = effects[PERTURBATION], cells.registry.control
     if control is not None:
-        reference = np.eye(len(new))[cells.registry.perturbation.levels.index(control)]
+        code = cells.registry.perturbation.levels.index(control)
+        shift = before[code] - new[code]
     else:
-        reference = n_cells / n_cells.sum()  # the mean of all cells
-    before[some] = reference @ before + new[some] - reference @ new
+        shift = n_cells / n_cells.sum() @ (before - new)  # the mean of all cells
+    before[some] = new[some] + shift
     write_effects(vae, effects, np.random.default_rng(key_seed(seed, 1)))
 
 
