@@ -40,9 +40,9 @@ class EncodingMethods(ModelBase):
         indices
             Row numbers, cell names or a mask; None takes all.
         give_mean
-            Only the mean of the latent is given; False is refused.
+            Return the mean of the latent; False is not possible.
         flatten
-            Give (n, tokens x channels), which scanpy takes as ``use_rep``; else (n, tokens, channels).
+            Return (n, tokens x channels), which scanpy takes as ``use_rep``; else (n, tokens, channels).
         batch_size
             Cells at a time.
         key_added
@@ -55,7 +55,7 @@ class EncodingMethods(ModelBase):
         out
             A ``.npy`` file to write latents to as they come; it is returned memory-mapped.
         engine
-            ``"ray"``, or a `scldm_cd4.engines.Ray`: its workers encode the cells, which are read here.
+            ``"ray"``, or a `scldm_cd4.engines.Ray`: its workers encode the cells, which this process reads.
 
         Returns
         -------
@@ -143,18 +143,18 @@ class EncodingMethods(ModelBase):
         return_numpy: bool = False,
         allow_missing: bool = False,
     ) -> pd.DataFrame | np.ndarray:
-        """Give the decoded mean expression of cells.
+        """Return the decoded mean expression of cells.
 
         Parameters
         ----------
         adata, indices, batch_size, allow_missing
             As for `get_latent`.
         gene_list
-            Genes to give; None gives all. Means are shares of all genes in either case.
+            Genes to return; None returns all. Means are shares of all genes in either case.
         library_size
             What the means of a cell add up to; ``"latent"`` takes the counts of the cell.
         return_numpy
-            Give an array in place of a table.
+            Return an array instead of a table.
 
         Returns
         -------
@@ -186,7 +186,7 @@ class EncodingMethods(ModelBase):
     def get_reconstruction_error(
         self, adata: Any = None, indices: Any = None, *, batch_size: int | None = None, allow_missing: bool = False
     ) -> np.ndarray:
-        """Give the negative log-likelihood of cells, each decoded from its own latent.
+        """Return the negative log-likelihood of cells, each decoded from its own latent.
 
         Parameters
         ----------

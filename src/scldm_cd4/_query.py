@@ -20,7 +20,7 @@ class QueryMethods(StorageMethods):
 
     @told_by_role
     def extend(self, adata: Any = None, *, donor: Any = None, timepoint: Any = None, seed: int | None = None) -> Self:
-        """Give a model that also knows a new donor or time point, fitted to a few cells of it.
+        """Return a model that also knows a new donor or time point, fitted to a few cells of it.
 
         Only what belongs to the new level is fitted: its label embedding in the flow, its effects in the decoder (in
         closed form), and the library sizes of its contexts. All other weights and numbers stay as they are to the
@@ -40,8 +40,8 @@ class QueryMethods(StorageMethods):
 
         Returns
         -------
-        A new model with `adata` as its cells; this one is not changed, so that both can be compared, and no result
-        made with it before becomes wrong. Save it with `save`; it is extended further by calling `extend` on it.
+        A new model with `adata` as its cells. This model is not changed, so both can be compared, and results made with it
+        stay valid. Save the new one with `save`; call its `extend` to add more levels.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class QueryMethods(StorageMethods):
 
     @classmethod
     def load_query_data(cls, adata: Any, reference_model: Any, *, seed: int | None = None, device: Any = None) -> Self:
-        """Give a model for query cells: a saved one, extended by the donors and time points that it does not know.
+        """Return a model for query cells: a saved one, extended by the donors and time points that it does not know.
 
         The fit is part of this call: unlike in scvi-tools there is nothing left to `train`.
 
@@ -125,7 +125,7 @@ class QueryMethods(StorageMethods):
     def query_distance(
         self, adata: Any = None, *, indices: Any = None, reference: Any = None, allow_missing: bool = False
     ) -> pd.DataFrame:
-        """Say how near cells lie to the training cells, beside held-out cells of the same data.
+        """Measure how near cells lie to the training cells, compared with held-out cells of the same data.
 
         Parameters
         ----------
@@ -134,8 +134,8 @@ class QueryMethods(StorageMethods):
         indices
             Row numbers, cell names or a mask; None takes all.
         reference
-            Cells to take in place of the training cells, for a model that does not know its own: an imported one, or
-            one of an early version. A fifth of them plays the held-out ones.
+            Cells to use as training cells, for a model that does not know its own: an imported one, or one of an
+            early version. A fifth of them are used as held-out cells.
         allow_missing
             As for `get_latent`.
 

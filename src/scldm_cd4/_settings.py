@@ -8,7 +8,7 @@ from scldm_cd4._errors import DataError
 
 
 class Settings:
-    """Defaults for every model of this session; arguments of a call go before them.
+    """Defaults for every model of this session; arguments of a call take precedence.
 
     Attributes
     ----------
@@ -19,7 +19,7 @@ class Settings:
     num_workers
         Processes that prepare batches in training, and threads that generate; None goes by the machine.
     progress
-        Show progress bars; None on a terminal or in a notebook only.
+        Show progress bars; None shows them on a terminal or in a notebook only.
     device
         Where new models compute: ``"auto"`` is CUDA where there is one, else the CPU.
 

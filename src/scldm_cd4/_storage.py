@@ -32,7 +32,7 @@ class StorageMethods(ModelBase):
         overwrite
             Replace a saved model.
         scores
-            A table for the model card, scores of generated beside held-out cells with their baselines.
+            Table of scores for the model card, such as that of `evaluate`.
 
         Raises
         ------
@@ -61,7 +61,7 @@ class StorageMethods(ModelBase):
         dir_path
             The folder.
         adata
-            Cells for the methods that take none; generation needs none.
+            Cells for methods that use those of the model; generation needs none.
         device
             ``auto``, ``cpu``, ``cuda:0`` and the like.
 
@@ -121,8 +121,8 @@ class StorageMethods(ModelBase):
             A folder, a file of weights with its ``config.yaml`` beside it, or the name ``org/name`` of a model on the
             Hugging Face hub. What follows up to `flow` is for the reference's layout alone.
         adata
-            Cells for the methods that take none. Where nothing else gives the vocabulary they are taken for the
-            training cells.
+            Cells for methods that use those of the model. If nothing else gives the vocabulary, it is read from them
+            as the training cells.
         vocabulary
             Gene names and condition labels, which a reference checkpoint lacks: the training AnnData (``var_names`` and
             the categories of the label columns) or its h5ad file, or JSON (a file, or a dict) with ``genes`` and a list

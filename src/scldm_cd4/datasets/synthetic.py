@@ -68,7 +68,7 @@ def synthetic_cd4(
         23 % change more than 10 genes, 10 % more than 75 and 3.5 % more than 500 (published), or more where the known
         regulators make up more.
     effect_scale
-        Multiplies all log2 effects on genes other than the target; 0 leaves the knock-downs alone.
+        Multiplies all log2 effects on genes other than the target; with 0 only the knock-downs remain.
     interaction
         Share of each perturbation's effect variance (over genes and contexts, target excluded) that differs between
         contexts. With a single context there is none.
@@ -147,10 +147,10 @@ def true_log2fc(
     *,
     responders_only: bool = False,
 ) -> pd.Series:
-    """Return the log2 fold changes against control that endless simulated cells would show.
+    """Return the log2 fold changes against control that infinitely many simulated cells would show.
 
-    Counts are compared as shares of the library, so the planted effects of other genes enter through the total, and
-    the cells in which the knock-down failed weaken the effect unless `responders_only`.
+    Counts are compared as shares of the library, so the planted effects of other genes enter through the total. Cells in
+    which the knock-down failed weaken the effect, unless `responders_only`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Real and generated cells in one plane that only real cells have shaped."""
+"""Real and generated cells in one plane that is fitted to real cells only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def embed_like(reference: np.ndarray, *others: np.ndarray, method: str = "umap",
     Parameters
     ----------
     reference
-        Features of the cells that shape the plane, cells x features.
+        Features of the cells that the plane is fitted to, cells x features.
     others
         Features of the cells to place; each array by the same rule, so they may be compared.
     method
@@ -163,8 +163,8 @@ def real_vs_generated(
     title
         Of the figure; say here whether the cells are simulated.
     other_real
-        Coordinates of other real cells, cells x 2. A further panel draws them over the first ones: what two samples of
-        one distribution look like.
+        Coordinates of other real cells, cells x 2. A further panel draws them over the first ones, to show what two
+        samples of one distribution look like.
     names
         Of the two kinds of cells.
     group_title

@@ -30,12 +30,12 @@ def overlay(
     seed: int = 0,
     save: str | Path | None = None,
 ) -> Any:
-    """Draw generated over real cells in a plane that other real cells have shaped, and real over real cells beside it.
+    """Draw generated over real cells in a plane fitted to other real cells, and real over real cells beside it.
 
     All kinds have the same number of cells of every condition, so that neither density nor composition misleads, and
     are drawn in shuffled order. A condition with fewer than two real cells (four without `reference`) cannot be
-    compared and is left out, with a warning. Counts are log-normalised by each cell's own total. The panel of two
-    samples of real cells shows how much apart cells of one distribution look.
+    compared and is left out, with a warning. Counts are log-normalised by each cell's own total. The panel with two
+    samples of real cells shows how different two samples of one distribution look.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ def overlay(
     generated
         Generated cells with ``output="counts"`` and the same genes in any order.
     reference
-        AnnData of real cells that shape the plane, such as the training cells. None takes half of `real`, which is then
-        not drawn.
+        AnnData of real cells that the plane is fitted to, such as the training cells. None takes half of `real`, which
+        is then not drawn.
     method
         ``umap``, or ``pca`` for the first two principal components of the reference.
     perturbation_key, context_keys

@@ -149,7 +149,7 @@ def _by_number(level: Any) -> list[Any]:
 
 
 def candidate_card(table: Any, perturbation: str, *, title: str | None = None, save: str | Path | None = None) -> Any:
-    """Draw what speaks for one perturbation: its score by donor, the genes that drive it, and the evidence in words.
+    """Draw the evidence for one perturbation: its score by donor, the genes that drive it, and its numbers in words.
 
     Parameters
     ----------
