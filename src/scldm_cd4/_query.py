@@ -40,8 +40,8 @@ class QueryMethods(StorageMethods):
 
         Returns
         -------
-        A new model with `adata` as its cells. This model is not changed, so both can be compared, and results made with it
-        stay valid. Save the new one with `save`; call its `extend` to add more levels.
+        A new model with `adata` as its cells. This model is not changed, so both can be compared, and results made with
+        it stay valid. Save the new one with `save`; call its `extend` to add more levels.
 
         Raises
         ------

@@ -149,8 +149,8 @@ def true_log2fc(
 ) -> pd.Series:
     """Return the log2 fold changes against control that infinitely many simulated cells would show.
 
-    Counts are compared as shares of the library, so the planted effects of other genes enter through the total. Cells in
-    which the knock-down failed weaken the effect, unless `responders_only`.
+    Counts are compared as shares of the library, so the planted effects of other genes enter through the total. Cells
+    in which the knock-down failed weaken the effect, unless `responders_only`.
 
     Parameters
     ----------

@@ -137,8 +137,8 @@ class QueryReport:
 def prepare_query_anndata(adata: Any, reference: Any) -> tuple[Any, QueryReport]:
     """Bring cells to the genes of a model, in its order, and say how they fit.
 
-    The model does not need this step: it matches genes by name. Use it to look at cells first, or to give scanpy the same
-    panel. Genes that the query lacks are not filled with zeros, which would look like measured values.
+    The model does not need this step: it matches genes by name. Use it to look at cells first, or to give scanpy the
+    same panel. Genes that the query lacks are not filled with zeros, which would look like measured values.
 
     Parameters
     ----------
