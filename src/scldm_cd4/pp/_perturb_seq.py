@@ -32,9 +32,9 @@ def read_perturb_seq(
     """Read a file of the public CD4+ T cell Perturb-seq, and count cells that a model should not see.
 
     All columns stay as they are. Up to three are added, which a model needs and the public files lack: ``perturbation``
-    (the label column, where cells with one non-targeting guide have the label `control`, and cells without or with several
-    guides have none), and, where they are missing, ``donor_id`` and ``culture_condition``. Nothing is dropped unless
-    asked for.
+    (the label column, where cells with one non-targeting guide have the label `control`, and cells without or with
+    several guides have none), and, where they are missing, ``donor_id`` and ``culture_condition``. Nothing is dropped
+    unless asked for.
 
     Parameters
     ----------
