@@ -76,12 +76,12 @@ def rank_perturbations(
     perturbations
         Those to rank; None ranks all that were trained, without the control.
     donor, timepoint
-        Levels over which effects are averaged, None for all; ``"each"`` gives one row per level.
+        Levels over which effects are averaged, None for all; ``"each"`` gives one row per perturbation and level.
     direction
         ``toward`` or ``away``; a higher score is more of what was asked.
     effects
-        ``generated``; ``observed``, from the model's cells, trained on or not; ``both``, observed ones shrunken toward
-        generated ones; or a `scldm_cd4.ranking.EffectSource`.
+        ``generated``; ``observed``, from the cells that the model was built or loaded with, whether it was trained on
+        them or not; ``both``, observed effects shrunk toward generated ones; or a `scldm_cd4.ranking.EffectSource`.
     n_cells
         Generated cells per condition, at least 20.
     method
@@ -89,8 +89,8 @@ def rank_perturbations(
         ``projection``, ``spearman``, ``wtcs``; direction: ``projection`` (default), ``cosine``; population:
         ``edistance`` (default), ``mmd``. The page on ranking says what each is. For a sum, a dict by name.
     racing
-        Start all with few cells per condition, and go on up to `n_cells` only with those that are not surely in or out
-        of the shortlist. ``round`` and ``n_cells`` say where each stopped; rank the shortlist again with
+        Start with few cells per condition for all, and go on up to `n_cells` only with those that are not yet clearly
+        in or out of the shortlist. ``round`` and ``n_cells`` say where each stopped; rank the shortlist again with
         ``perturbations=`` for all cells.
     top_k
         Size of the shortlist, for ``p_top_k`` and racing.
@@ -120,8 +120,9 @@ def rank_perturbations(
     (Benjamini & Hochberg); ``effect_size`` (L2), ``effect_ratio`` (over its median by chance), ``passes_min_effect``;
     ``n_donors``, ``n_donors_agree``, ``score_min_donor`` and ``score_<donor>``; ``ontarget_pred_log2fc``;
     ``n_train_cells``, ``n_train_contexts``; ``top_genes`` (with the largest part in the score, and their log2 fold
-    changes); ``part_<name>`` for a sum. ``attrs`` says how it was made, what the
-    intervals hold, and the ``reliability`` of the model on held-out conditions.
+    changes); ``cosine`` of effect and target; ``part_<name>`` for a sum; ``n_genes_used`` and
+    ``frac_target_genes_found``. ``attrs`` says how the table was made, what the intervals cover, and the
+    ``reliability`` of the model on held-out conditions.
 
     Raises
     ------
