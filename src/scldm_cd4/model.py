@@ -143,12 +143,11 @@ class CD4Model(EncodingMethods, QueryMethods):
             split = random_shares(split, train_size, validation_size)
         cells = CellData.from_adata(self._adata(None), self._state.registry)
         warn_without_control(self._state.registry)
-        self._split = make_split(cells, split, validation=validation_size, seed=seed)
-        self._hash = None
+        parts, before = make_split(cells, split, validation=validation_size, seed=seed), self._state.registry
         try:
             self._state.train(
                 cells,
-                self._split,
+                parts,
                 seed=seed,
                 stage=stage,
                 max_epochs=max_epochs,
@@ -163,6 +162,8 @@ class CD4Model(EncodingMethods, QueryMethods):
                 **trainer_kwargs,
             )
         finally:
+            if self._state.registry is not before:  # else the weights are still those of the earlier split
+                self._split, self._hash = parts, None
             self._state.to(self.device)
 
     @told_by_role

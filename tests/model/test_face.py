@@ -164,10 +164,12 @@ def test_without_control_training_warns_and_ranking_refuses(simulated: Any, quic
 def test_failure_keeps_a_trained_model_and_says_what_to_try(simulated: Any, quick: Any) -> None:
     model = CD4Model(simulated, "tiny", **quick)
     model.train(seed=0, max_epochs=1)
-    before = model.generate(n_cells=4, seed=0)
+    before, train = model.generate(n_cells=4, seed=0), model.train_indices
+    bad = {"lr": 1e30, "clip_norm": 0.0, "warmup": 0.0}
     with pytest.raises(TrainingError, match="learning rate"):
-        model.train(seed=1, max_epochs=3, plan_kwargs={"lr": 1e30, "clip_norm": 0.0, "warmup": 0.0})
+        model.train(seed=1, max_epochs=3, split={"test": 0.5}, plan_kwargs=bad)
     assert (model.generate(n_cells=4, seed=0).X != before.X).nnz == 0
+    np.testing.assert_array_equal(model.train_indices, train)  # else evaluate would take training cells for held out
 
 
 def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any) -> None:

@@ -86,3 +86,17 @@ def test_cells_without_structure_and_networks_without_linear_path_are_fine(two_p
     plain = initialised(two_programmes, VAEConfig(width=32, n_tokens=4, n_channels=4, n_layers=1))
     assert not hasattr(plain, "linear_path")
     assert len(plain.decoder_head.theta.weight[1:].unique()) > 10
+
+
+def test_genes_without_counts_in_training_do_not_move_latents_of_a_small_panel() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(2.0, (100, 20)).astype(np.float32)
+    counts[:, :2] = 0.0
+    adata = ad.AnnData(sparse.csr_matrix(counts), obs=pd.DataFrame({"p": ["a"] * 100}, index=[*map(str, range(100))]))
+    setup_anndata(adata, perturbation_key="p")
+    path = initialised(CellData.from_adata(adata), PRESETS["tiny"].vae).linear_path
+    x, genes = torch.from_numpy(counts), torch.arange(1, 21).expand(100, -1)
+    seen = x + torch.eye(20)[:2].sum(0)  # one count of each gene that is new
+    with torch.no_grad():
+        latents, moved = path.encode(x, genes), path.encode(seen, genes)
+    assert (moved - latents).std() < latents.std()

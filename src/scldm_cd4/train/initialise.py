@@ -24,6 +24,8 @@ HEAD_SCALE = 0.1
 RIDGE = 1e-3
 MIN_DEVIATION = 1e-6
 """Below this standard deviation of the first component cells do not differ."""
+MIN_SHARE = 1e-4
+"""Components below this share of the first one's deviation are rounding, in which a gene without counts can stand."""
 MAX_GENE_VALUE = 4.0
 """Gene vectors start as standardised loadings, cut off here."""
 
@@ -69,7 +71,8 @@ def principal_components(counts: FloatArray, rank: int, seed: int) -> Components
     _, singular, vectors = randomized_svd(values, min(rank, *(s - 1 for s in values.shape)), random_state=seed)
     shuffled = np.random.default_rng(seed).permuted(values, axis=0)
     noise = randomized_svd(shuffled, 1, random_state=seed)[1][0]
-    singular = np.maximum(singular, 1e-6 * max(singular[0], MIN_DEVIATION))
+    told = singular >= MIN_SHARE * singular[0]
+    vectors, singular = vectors[told], np.maximum(singular[told], 1e-6 * MIN_DEVIATION)
     signal, deviation = np.maximum(0.0, 1 - (noise / singular) ** 2), singular / np.sqrt(len(values))
     return Components(*(np.asarray(a, np.float32) for a in (vectors.T, scale, deviation, signal, mean)))
 
