@@ -96,10 +96,10 @@ class CD4Model(EncodingMethods, QueryMethods):
         stage
             ``both``, ``vae`` or ``flow``; ``flow`` keeps the trained autoencoder. A stage starts from fresh weights.
         split
-            Which cells are held out, see `scldm_cd4.data.splits.make_split`; None takes a random share of every
-            condition.
+            Which cells are held out, see `scldm_cd4.data.splits.make_split`; None holds out a random share
+            `validation_size` of every condition, for validation.
         train_size, validation_size
-            Shares of the cells for a random split; what is left is for test.
+            Shares of the cells for a random split (`train_size` instead of `split`); what is left is for test.
         plan_kwargs
             Changes of the `scldm_cd4.config.StageConfig`, such as ``{"lr": 1e-3}``, or a dict of them by stage.
         accelerator, devices, precision
@@ -111,7 +111,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         checkpoint_dir
             Folder for training state; None writes nothing.
         seed
-            Of everything drawn; None draws one, which is recorded.
+            Of all random draws; None draws one, which is recorded in `training_`.
         trainer_kwargs
             ``num_workers``, ``progress``, ``compile`` (compile the training steps with ``torch.compile``), and what
             ``lightning.pytorch.Trainer`` takes, such as ``accumulate_grad_batches``.
@@ -195,23 +195,24 @@ class CD4Model(EncodingMethods, QueryMethods):
         Parameters
         ----------
         perturbation, donor, timepoint
-            A label, several, or None for all levels that were trained. Several make a cross product, in the order
-            donor (slowest), time point, perturbation. A combination that training did not see is allowed; ``obs``
-            then says ``n_train_cells`` 0.
+            A label, several, or None for all levels that were trained. Cells are made for every combination, in the
+            order donor (slowest), time point, perturbation. A combination that training did not see is allowed; its
+            ``n_train_cells`` in ``obs`` is then 0.
         n_cells
-            Cells per condition; 100 by default. The first k of n cells are the k cells.
+            Cells per condition; 100 by default. The first k of n cells are those that ``n_cells=k`` gives.
         conditions
-            In place of labels, a table with one condition per row: the user's columns, and optionally ``n_cells``.
+            Instead of labels, a table with one condition per row: the user's columns, and optionally ``n_cells``.
         cells
-            AnnData whose cells are given as they would be under the labels named (one each); a label left out stays.
-            Each cell is carried back to noise under its own labels and forward under the new ones.
+            AnnData of real cells: each is predicted as it would be under the labels named (one per argument); a label
+            left out stays. A cell is carried back to noise under its own labels and forward under the new ones.
         output
             What ``X`` holds: ``counts`` (CSR float32, whole numbers), ``mean``, ``lognorm`` or ``latent``.
         guidance
-            1 is the conditional flow, 0 is unconditional (``obs`` then says so); or a dict of weights, see
-            `scldm_cd4.flow.guided`.
+            1 is the conditional flow, 0 is unconditional (labels in ``obs`` are then ``unconditional``); or a dict of
+            weights, see `scldm_cd4.flow.guided`.
         guidance_interval
-            Times from noise (0) to data (1) between which `guidance` holds; elsewhere it is 1, at the cost of 1.
+            Times from noise (0) to data (1) between which `guidance` holds; elsewhere the weight is 1, which costs one
+            network pass.
         n_steps, solver
             Of the flow; ``midpoint`` with 6 steps, or 10 for `cells` and for imported weights.
         size_factors
@@ -219,15 +220,16 @@ class CD4Model(EncodingMethods, QueryMethods):
             shifts them in training; ``"context"`` takes their median, or one number, or one per cell. For `cells`,
             None takes their own.
         genes
-            Give only these; all are drawn.
+            Genes to return; all are drawn.
         precision
             ``auto`` (bf16 on CUDA, else fp32), ``fp32``, ``tf32`` (CUDA only) or ``bf16``.
         seed
-            None draws one, which is recorded. Equal seeds give equal cells, whatever else is asked for.
+            Of all random draws; None draws one, which is recorded in ``uns``. Equal seeds give equal cells, whatever
+            else is asked for.
         batch_size
-            Cells computed together, rounded up to a multiple of 8; on CUDA the rows of a network pass.
+            Cells computed together, rounded up to a multiple of 8; on CUDA, the rows of a network pass.
         out
-            An h5ad file or a zarr store to write to as cells come; its ``X`` stays on disk.
+            An h5ad file or a zarr store to which cells are written as they are made; ``X`` stays on disk.
         overwrite
             Replace that file.
         engine
