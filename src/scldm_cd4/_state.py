@@ -69,7 +69,7 @@ class State:
                 self._take_what_is_good(vae, start, made, registry)
             raise
         if stage in ("both", "vae"):
-            self.dit = None
+            self.dit, self.history, self.record = None, {}, {}
         self.vae, self.registry = vae.eval(), registry
         self.dit = result.dit.eval() if result.dit is not None else self.dit
         if stage in ("both", "vae"):
@@ -99,8 +99,9 @@ class State:
             return self._new_vae(0), self._new_dit()
 
     def _remember(self, result: "TrainResult", split: Split) -> None:
-        facts = {"seed": result.seed, "interrupted": result.interrupted, "split": split.spec}
+        facts = {"seed": result.seed, "split": split.spec}
         for name in result.history:
+            facts["interrupted"] = not result.trained[name]
             other = "flow:" if name == "vae" else "vae:"
             facts["notes"] = [note for note in result.notes if not note.startswith(other)]
             numbers = {k: getattr(result, k).get(name) for k in ("seconds", "batch_size", "n_steps")}

@@ -135,6 +135,8 @@ def _conditions(
     columns = list(keys.values())
     table = real.obs.groupby(columns, observed=True, sort=True).size().rename("n_cells").reset_index()
     table = table[table[keys["perturbation"]] != registry.control]
+    if not len(table):
+        raise DataError(f"the real cells are all controls ({registry.control!r}): there is no effect to score")
     unknown = np.zeros(len(table), dtype=bool)
     for role, column in keys.items():
         unknown |= table[column].isin(registry.untrained(role)).to_numpy(dtype=bool)

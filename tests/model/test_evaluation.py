@@ -60,3 +60,8 @@ def test_training_cells_can_be_given_to_a_loaded_model(trained, simulated, table
     held, train = (simulated[rows] for rows in (trained.test_indices, trained.train_indices))
     found = CD4Model.load(tmp_path / "model").evaluate(held, train=train, seed=1, **QUICK)
     assert found.equals(table)
+
+
+def test_controls_alone_have_no_effect_to_score(trained, simulated):
+    with pytest.raises(DataError, match="all controls"):
+        trained.evaluate(simulated[simulated.obs["perturbation"] == "NTC"])

@@ -180,6 +180,21 @@ def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any) -
     assert np.isfinite(model.get_latent()).all()
 
 
+def test_facts_on_training_are_those_of_the_stage_and_of_the_weights(simulated: Any, quick: Any) -> None:
+    from lightning.pytorch import Callback
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+            if type(module).__name__ == "FlowPlan":
+                raise KeyboardInterrupt
+
+    model = CD4Model(simulated, "tiny", **quick)
+    model.train(seed=0, max_epochs=1, callbacks=[Stop()])
+    assert {name: facts["interrupted"] for name, facts in model.training_.items()} == {"vae": False, "flow": True}
+    model.train(seed=0, max_epochs=1, stage="vae")
+    assert list(model.history) == list(model.training_) == ["vae"]
+
+
 # ---------------------------------------------------------------------------------------------------- save and load
 
 
