@@ -22,12 +22,12 @@ from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.checkpoint_io import RECORD, has_state, read_state, recorded_seed, write_json, write_state
 from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
+from scldm_cd4.train.labels import settle_labels
 from scldm_cd4.train.latent_cache import cached_latents, discard
 from scldm_cd4.train.latents import encode_rows, inference_batch_size, latent_bytes
 from scldm_cd4.train.launch import connect, idle_devices, processes, require_launcher, wait_for_all
 from scldm_cd4.train.loaders import CountBatches, LatentBatches
 from scldm_cd4.train.options import by_stage, check_keywords, stage_configs
-from scldm_cd4.train.perturbations import settle_perturbations
 from scldm_cd4.train.plans import FlowPlan, VAEPlan
 from scldm_cd4.train.plateau import LatentUse, Profile, latent_use
 from scldm_cd4.train.rng import isolated_rng, key_seed
@@ -277,7 +277,7 @@ class _Job:
         if self.vae.config.label_rank and not self.result.interrupted:
             assert train is not None  # there are training cells
             seed = key_seed(self.seed, 22)
-            settle_perturbations(self.vae, dit, self.cells, self._known(), train.latents, train.labels, seed)
+            settle_labels(self.vae, dit, self.cells, self._known(), train.latents, train.labels, seed)
         self._forget_latents()
         self.result.dit = dit
 

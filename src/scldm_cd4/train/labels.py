@@ -1,9 +1,9 @@
-"""Perturbations in a trained flow, held to what their training cells tell.
+"""Labels of a trained flow, held to what their training cells tell.
 
-The flow learns the latents of a perturbation from few cells: what it makes of one without an effect is noise, other in
-every context, and of one with an effect too little or too much. Two corrections follow training. What separates the
-embedding of a perturbation from the control's is scaled by the share of its latents' shift that is not noise. Then its
-effect on the gene logits is fitted to generated cells in place of encoded ones.
+What the flow learns of a label from few cells is mostly noise, other in every combination with other labels. Two
+corrections follow training. Embeddings keep the share of what sets their label apart that is not noise: perturbations
+from the control, donors and time points from each other. Then the effects of perturbations on the gene logits are
+fitted to generated cells in place of encoded ones.
 """
 
 import math
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from scldm_cd4.conditions import Request
+from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.sampling import Sampler, Sampling, draw
@@ -41,15 +43,15 @@ GENERATED, PER_PERTURBATION, PER_CONDITION, PER_CELL = 10_000, 64, 200, 4
 cell."""
 
 
-def settle_perturbations(
+def settle_labels(
     vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], latents: Tensor, labels: Tensor, seed: int
 ) -> None:
-    """Correct the perturbations of trained networks with ``label_rank``.
+    """Correct the labels of trained networks with ``label_rank``.
 
     Parameters
     ----------
     vae, dit
-        Changed in place: the effects of perturbations on the logits and, where there is a control, their embeddings.
+        Changed in place: the embeddings of labels, and the effects of perturbations on the logits.
     cells, rows
         The cells that effects are fitted to are these rows of `cells`.
     latents, labels
@@ -57,9 +59,9 @@ def settle_perturbations(
     seed
         Of all draws.
     """
-    if (control := cells.registry.control) is not None:
-        code = cells.registry.perturbation.levels.index(control)
-        scale_embeddings(dit, told_share(latents, labels.numpy(), cells.registry.vocabulary, code), code)
+    control = cells.registry.control
+    code = None if control is None else cells.registry.perturbation.levels.index(control)
+    shrink_embeddings(dit, told_shares(latents, labels.numpy(), cells.registry.vocabulary, code), code)
     fit_to_generated(vae, dit, cells, rows, seed)
 
 
@@ -95,12 +97,15 @@ class Conditions:
         return self.place[np.ravel_multi_index(tuple(labels.T), self.shape)]
 
 
-def told_share(latents: Tensor, labels: NDArray[np.integer], shape: tuple[int, int, int], control: int) -> FloatArray:
-    r"""Return the share of each perturbation's shift of the latents that is not noise of few cells.
+def told_shares(
+    latents: Tensor, labels: NDArray[np.integer], shape: tuple[int, int, int], control: int | None
+) -> list[FloatArray]:
+    r"""Return the share of each label's shift of the latents that is not noise of few cells.
 
-    The shift d is the mean difference of its cells from the control cells of the same donor and time point. With
-    :math:`\Sigma` the covariance of latents within conditions, of p directions, and v the sum of squared weights of all
-    cells in d, :math:`F = d' \Sigma^{-1} d / (p v)` is 1 without an effect, and the share is :math:`\max(0, 1 - 1/F)`
+    The shift d of a perturbation is the mean difference of its cells from the control cells of the same donor and time
+    point; that of a donor or time point from the cells of all others with the same other labels. With :math:`\Sigma`
+    the covariance of latents within conditions, of p directions, and v the sum of squared weights of all cells in d,
+    :math:`F = d' \Sigma^{-1} d / (p v)` is 1 where a label changes nothing, and the share is :math:`\max(0, 1 - 1/F)`
     (positive-part James-Stein estimator; Efron & Morris 1973, *JASA* 68, 117).
 
     Parameters
@@ -110,50 +115,59 @@ def told_share(latents: Tensor, labels: NDArray[np.integer], shape: tuple[int, i
     shape
         Levels of donor, time point and perturbation.
     control
-        Code of the control.
+        Code of the control; without one the shares of perturbations are 1.
 
     Returns
     -------
-    (number of perturbations,); 1 for the control, without control cells in the contexts of a perturbation, and for all
-    where cells are too few for a covariance.
+    (number of levels,) for donor, time point and perturbation; 1 for the control, for a level that no cells can be
+    compared with, and for all where cells are too few for a covariance.
     """
     conditions = Conditions.of((labels[index] for index in chunks(len(labels), CHUNK)), shape)
-    n, width, share = conditions.n_cells, latents[0].numel(), np.ones(shape[PERTURBATION])
+    n, width, shares = conditions.n_cells.astype(np.float64), latents[0].numel(), [np.ones(k) for k in shape]
     freedom = len(latents) - len(n)
     if freedom <= width:
-        return share
+        return shares
     sums, square = np.zeros((len(n), width)), np.zeros((width, width))
     for index in chunks(len(latents), CHUNK):
         z = latents[index].reshape(len(index), -1).double().numpy()
         present, place = np.unique(conditions.find(labels[index]), return_inverse=True)
         sums[present] += members(place, len(present)) @ z
         square += z.T @ z
-    means = sums / n[:, None]
-    variance, directions = np.linalg.eigh((square - sums.T @ means) / freedom)
+    variance, directions = np.linalg.eigh((square - sums.T @ (sums / n[:, None])) / freedom)
     kept = variance > FLAT * variance[-1]
-    means = means @ (directions[:, kept] / np.sqrt(variance[kept]))
-    is_control = conditions.labels[:, PERTURBATION] == control
-    of_context = {tuple(c): i for i, c in enumerate(conditions.labels[:, :PERTURBATION]) if is_control[i]}
-    own: dict[int, list[tuple[int, int]]] = {}
-    for i in np.flatnonzero(~is_control):
-        *context, level = conditions.labels[i]
-        if tuple(context) in of_context:
-            own.setdefault(int(level), []).append((int(i), of_context[tuple(context)]))
-    for level, pairs in own.items():
-        mine, other = np.array(pairs).T
-        weight = n[mine] / n[mine].sum()
-        shift = weight @ (means[mine] - means[other])
-        noise = kept.sum() * np.sum(weight**2 * (1 / n[mine] + 1 / n[other]))
-        share[level] = max(0.0, 1.0 - noise / max(float(shift @ shift), 1e-300))
-    return share
+    sums = sums @ (directions[:, kept] / np.sqrt(variance[kept]))
+    for role, share in enumerate(shares):
+        level, other = conditions.labels[:, role], np.delete(conditions.labels, role, axis=1)
+        group = np.unique(other, axis=0, return_inverse=True)[1].ravel()
+        if role == PERTURBATION:
+            is_control = level == control
+            compared = members(group, group.max() + 1) @ sparse.diags(is_control.astype(float))
+            n_other, others = (compared @ n)[group], (compared @ sums)[group]
+            n_other[is_control] = 0
+        else:
+            same = members(group, group.max() + 1)
+            n_other, others = (same @ n)[group] - n, (same @ sums)[group] - sums
+        told = np.flatnonzero(n_other)
+        code, place = np.unique(level[told], return_inverse=True)
+        own, n_other = members(place, len(code)), n_other[told, None]
+        weight = (n[told] / (own @ n[told])[place])[:, None]
+        shift = own @ (weight * (sums[told] / n[told, None] - others[told] / n_other))
+        noise = kept.sum() * (own @ (np.square(weight) * (1 / n[told, None] + 1 / n_other)))[:, 0]
+        share[code] = np.maximum(0.0, 1.0 - noise / np.maximum(np.square(shift).sum(axis=1), 1e-300))
+    return shares
 
 
 @torch.no_grad()
-def scale_embeddings(dit: DiT, share: FloatArray, control: int) -> None:
-    """Move the embeddings of perturbations toward the control's; `share` of the way between them stays."""
-    table: Any = dit.class_embeddings["perturbation"].weight
-    kept = torch.from_numpy(share).to(table)[:, None]
-    table[: len(share)] = torch.lerp(table[control], table[: len(share)], kept)
+def shrink_embeddings(dit: DiT, shares: list[FloatArray], control: int | None) -> None:
+    """Move the embeddings of perturbations toward the control's, those of donors and time points toward their mean.
+
+    The share of the way between them stays.
+    """
+    tables: Any = dit.class_embeddings
+    for role, share in zip(ROLES, shares, strict=True):
+        levels = tables[role].weight[: len(share)]
+        centre = levels.mean(dim=0) if role != "perturbation" or control is None else levels[control].clone()
+        levels.copy_(torch.lerp(centre, levels, torch.from_numpy(share).to(levels)[:, None]))
 
 
 def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Perturbations of a trained flow: what of their latents' shift is no noise, and effects fitted to generated cells."""
+"""Labels of a trained flow: what of their latents' shift is no noise, and effects fitted to generated cells."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from scldm_cd4.config import FlowConfig, VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.effects import label_effects, set_label_effects
+from scldm_cd4.train.labels import settle_labels, shrink_embeddings, told_shares
 from scldm_cd4.train.latents import decode_means
-from scldm_cd4.train.perturbations import scale_embeddings, settle_perturbations, told_share
 
 SHAPE = (2, 1, 8)
 CONTROL = 0
@@ -28,7 +28,9 @@ def latents_of(shift: float, seed: int, n: int = 4_000, spread: float = 1.0) -> 
 
 
 def test_shifts_of_latents_that_are_noise_are_told_from_one_that_is_not() -> None:
-    shares = np.array([told_share(*latents_of(0.5, seed), SHAPE, CONTROL) for seed in range(20)])
+    found = [told_shares(*latents_of(0.5, seed), SHAPE, CONTROL) for seed in range(20)]
+    assert all(donors.min() > 0.9 and timepoints == [1.0] for donors, timepoints, _ in found)
+    shares = np.array([perturbations for *_, perturbations in found])
     assert np.all(shares[:, CONTROL] == 1)
     assert np.all(shares[:, -1] > 0.9)
     without = shares[:, 1:-1]
@@ -38,17 +40,35 @@ def test_shifts_of_latents_that_are_noise_are_told_from_one_that_is_not() -> Non
 
 
 def test_shares_do_not_depend_on_the_units_of_the_latent() -> None:
-    one, large = (told_share(*latents_of(0.3, 1, spread=s), SHAPE, CONTROL) for s in (1.0, 100.0))
+    one, large = (np.hstack(told_shares(*latents_of(0.3, 1, spread=s), SHAPE, CONTROL)) for s in (1.0, 100.0))
     np.testing.assert_allclose(one, large, rtol=1e-3, atol=1e-4)
+
+
+def test_donors_that_do_not_differ_are_told_from_those_that_do() -> None:
+    latents, labels = latents_of(0.5, 0)
+    rng = np.random.default_rng(1)
+    labels[:, 0] = rng.permutation(np.repeat([2, 3, 4, 5], 1_000))  # at random: their shifts are noise
+    far = (labels[:, 0] == 5)[:, None, None] & (np.arange(4)[:, None] == 0)
+    shares = told_shares(latents + torch.from_numpy(far * 2.0), labels, (6, *SHAPE[1:]), CONTROL)[0]
+    assert list(shares[:2]) == [1.0, 1.0]  # levels without cells
+    assert shares[5] > 0.8
+    assert shares[2:5].max() < shares[5]
+
+
+def test_without_a_control_only_perturbations_stay() -> None:
+    latents, labels = latents_of(0.5, 0)
+    donors, _, perturbations = told_shares(latents, labels, SHAPE, None)
+    assert np.all(perturbations == 1)
+    assert donors.max() < 1
 
 
 def test_without_controls_in_the_context_or_with_few_cells_nothing_is_scaled() -> None:
     latents, labels = latents_of(0.0, 0)
     alone = ~((labels[:, 0] == 1) & (labels[:, 2] == CONTROL)) & ~((labels[:, 0] == 0) & (labels[:, 2] == 3))
-    share = told_share(latents[alone], labels[alone], SHAPE, CONTROL)
+    *_, share = told_shares(latents[alone], labels[alone], SHAPE, CONTROL)
     assert share[3] == 1  # its cells are of the donor without control
     assert share[1] < 0.8
-    assert np.all(told_share(latents[:20], labels[:20], SHAPE, CONTROL) == 1)
+    assert np.all(np.hstack(told_shares(latents[:20], labels[:20], SHAPE, CONTROL)) == 1)
 
 
 def networks(cells: CellData) -> tuple[VAE, DiT]:
@@ -61,15 +81,22 @@ def networks(cells: CellData) -> tuple[VAE, DiT]:
     )
 
 
-def test_embeddings_move_toward_the_control(simulated: Any) -> None:
-    _, dit = networks(CellData.from_adata(simulated))
-    before = dit.class_embeddings["perturbation"].weight.detach().clone()
-    scale_embeddings(dit, np.array([1.0, 0.0, 0.5]), 0)
-    after = dit.class_embeddings["perturbation"].weight.detach()
+def test_embeddings_move_toward_the_control_or_their_mean(simulated: Any) -> None:
+    cells = CellData.from_adata(simulated)
+    _, dit = networks(cells)
+    n_donors, n_times, _ = cells.registry.vocabulary
+    tables = [dit.class_embeddings[role].weight for role in ("donor", "timepoint", "perturbation")]
+    donors, timepoints, before = (table.detach().clone() for table in tables)
+    shares = [np.linspace(0, 1, n_donors), np.ones(n_times), np.array([1.0, 0.0, 0.5])]
+    shrink_embeddings(dit, shares, 0)
+    after = tables[2].detach()
     torch.testing.assert_close(after[0], before[0])
     torch.testing.assert_close(after[1], before[0])
     torch.testing.assert_close(after[2], (before[0] + before[2]) / 2)
     torch.testing.assert_close(after[3:], before[3:])
+    torch.testing.assert_close(tables[0][0].detach(), donors[:n_donors].mean(dim=0))
+    torch.testing.assert_close(tables[0][n_donors - 1 :].detach(), donors[n_donors - 1 :])
+    torch.testing.assert_close(tables[1].detach(), timepoints)
 
 
 def test_generated_means_of_perturbations_are_the_observed_ones(simulated: Any) -> None:
@@ -96,7 +123,7 @@ def test_generated_means_of_perturbations_are_the_observed_ones(simulated: Any) 
     before = gaps()
     set_label_effects(vae, cells, rows, np.random.default_rng(0))
     others = label_effects(vae)
-    settle_perturbations(vae, dit, cells, rows, latents, labels, seed=1)
+    settle_labels(vae, dit, cells, rows, latents, labels, seed=1)
     control = cells.registry.perturbation.levels.index("NTC")
     for old, new in zip(others[:2], label_effects(vae), strict=False):
         np.testing.assert_allclose(new, old, atol=1e-4)
