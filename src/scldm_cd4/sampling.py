@@ -23,6 +23,7 @@ from scldm_cd4._passes import ALIGN, Passes, pass_rows
 from scldm_cd4._precision import choose
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
+from scldm_cd4.data.matrix import MAX_TOTAL
 from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
 from scldm_cd4.flow.guidance import EVERYWHERE, Guidance
 from scldm_cd4.nn import VAE, DiT
@@ -303,7 +304,7 @@ def resolve_library(registry: Registry, requests: Sequence[Request], size_factor
     Raises
     ------
     DataError
-        Values are not positive, finite numbers, or not one per cell.
+        Values are not above 0 and at most a million, or not one per cell.
     """
     if size_factors is None:
         size_factors_of(registry)
@@ -327,7 +328,7 @@ def given_library(values: Any, n: int) -> NDArray[np.float64]:
     Raises
     ------
     DataError
-        Values are not positive, finite numbers, or not one per cell.
+        Values are not above 0 and at most a million, or not one per cell.
     """
     try:
         library = np.asarray(values, dtype=np.float64)
@@ -335,8 +336,8 @@ def given_library(values: Any, n: int) -> NDArray[np.float64]:
         raise DataError(f"size_factors takes numbers: {error}") from error
     if library.shape not in ((), (n,)):
         raise DataError(f"size_factors needs one number, or one for each of the {n} cells, got shape {library.shape}")
-    if not (np.isfinite(library).all() and (library > 0).all()):
-        raise DataError("size_factors must be positive and finite")
+    if not ((library > 0).all() and (library <= MAX_TOTAL).all()):  # time to draw counts grows with them
+        raise DataError(f"size_factors are counts per cell: above 0 and at most {MAX_TOTAL:,.0f}")
     return np.array(np.broadcast_to(library, (n,)))
 
 

@@ -153,7 +153,7 @@ def test_size_factors(trained: Any) -> None:
     assert typical.nunique() == 1
     drawn = trained.generate(**ask | {"n_cells": 2000}, output="latent").obs["size_factor"]
     assert np.median(drawn) == pytest.approx(typical.iloc[0], rel=0.1)
-    for bad in (0, -1, np.nan, [1, 2], "other", ["a"] * 4):
+    for bad in (0, -1, np.nan, 1e12, [1, 2], "other", ["a"] * 4):
         with pytest.raises(DataError, match="size_factors"):
             trained.generate(**ask, size_factors=bad)
 
