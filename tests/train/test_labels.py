@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scldm_cd4 import CD4Model, datasets
 from scldm_cd4.config import FlowConfig, VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.train.effects import label_effects, set_label_effects
-from scldm_cd4.train.labels import settle_labels, shrink_embeddings, told_shares
+from scldm_cd4.train.labels import fit_to_generated, settle_labels, shrink_embeddings, told_shares
 from scldm_cd4.train.latents import decode_means
 
 SHAPE = (2, 1, 8)
@@ -130,3 +131,26 @@ def test_generated_means_of_perturbations_are_the_observed_ones(simulated: Any) 
     np.testing.assert_allclose(label_effects(vae)[2][control], others[2][control], atol=1e-4)
     assert min(before) > 0.3
     assert max(gaps()) < 0.15
+
+
+def test_effects_that_latents_do_not_tell_are_shrunk_gene_by_gene() -> None:
+    adata = datasets.synthetic_cd4(1500, 60, n_perturbations=6, no_effect_share=0.5, n_donors=2, n_timepoints=1, seed=0)
+    CD4Model.setup_anndata(
+        adata, perturbation_key="perturbation", donor_key="donor_id", timepoint_key="timepoint", control="NTC"
+    )
+    cells = CellData.from_adata(adata)
+    levels, settings = cells.registry.perturbation.levels, adata.uns["synthetic_cd4"]
+    none = [
+        levels.index(n) for n, kind in zip(settings["perturbations"], settings["kinds"], strict=True) if kind == "none"
+    ]
+    found = []
+    for told in (1.0, 0.0):
+        vae, dit = networks(cells)
+        fit_to_generated(vae, dit, cells, np.arange(cells.n_cells), np.full(len(levels), told), seed=1)
+        effects = label_effects(vae)[2]
+        found.append(effects[none] - effects[levels.index("NTC")])
+    target = np.argmin(found[0], axis=1)  # all that these perturbations change
+    rest = np.arange(cells.n_genes) != target[:, None]
+    fitted, shrunk = (np.sqrt(np.mean(np.square(effects[rest]))) for effects in found)
+    assert shrunk < 0.85 * fitted
+    assert found[1].min(axis=1).max() < -1.2  # knocked down by 70 %

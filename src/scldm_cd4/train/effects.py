@@ -103,7 +103,7 @@ def untold_effects(
                 new = perturbation_effect(observed, expected, n_cells)
             else:
                 ratio = np.log((observed + HALF) / (expected + HALF))
-                noise = _variance(observed + HALF, expected + HALF, ratio) + sums.dispersion / n_cells
+                noise = log_ratio_variance(observed + HALF, expected + HALF, ratio) + sums.dispersion / n_cells
                 new = adaptive_shrink(ratio, noise, generator)
             change = max(change, float(np.abs(new - effects[role][some]).max()))
             effects[role][some] = new
@@ -186,7 +186,7 @@ def members(group: NDArray[np.int64], n_groups: int) -> Any:
     return sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (n_groups, len(group)))
 
 
-def _variance(observed: FloatArray, expected: FloatArray, ratio: FloatArray) -> FloatArray:
+def log_ratio_variance(observed: FloatArray, expected: FloatArray, ratio: FloatArray) -> FloatArray:
     """Return the variance of a log ratio of Poisson counts at which its square is the deviance."""
     deviance = 2 * (observed * ratio - observed + expected)
     return np.where(np.abs(ratio) < 1e-3, 1 / expected, np.square(ratio) / np.maximum(deviance, 1e-12))

@@ -24,15 +24,18 @@ from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.sampling import Sampler, Sampling, draw
 from scldm_cd4.train.effects import (
     DONOR,
+    HALF,
     PERTURBATION,
     TIMEPOINT,
     label_effects,
+    log_ratio_variance,
     members,
     perturbation_effect,
     write_effects,
 )
 from scldm_cd4.train.latents import chunks, decode_means
 from scldm_cd4.train.rng import key_seed
+from scldm_cd4.train.shrinkage import adaptive_shrink
 
 FloatArray = NDArray[np.float64]
 CHUNK = 4_096
@@ -59,10 +62,16 @@ def settle_labels(
     seed
         Of all draws.
     """
+    control = control_code(cells)
+    shares = told_shares(latents, labels.numpy(), cells.registry.vocabulary, control)
+    shrink_embeddings(dit, shares, control)
+    fit_to_generated(vae, dit, cells, rows, shares[PERTURBATION], seed)
+
+
+def control_code(cells: CellData) -> int | None:
+    """Return the code of the control among perturbations, None where none was declared."""
     control = cells.registry.control
-    code = None if control is None else cells.registry.perturbation.levels.index(control)
-    shrink_embeddings(dit, told_shares(latents, labels.numpy(), cells.registry.vocabulary, code), code)
-    fit_to_generated(vae, dit, cells, rows, seed)
+    return None if control is None else cells.registry.perturbation.levels.index(control)
 
 
 @dataclass(frozen=True)
@@ -170,40 +179,95 @@ def shrink_embeddings(dit: DiT, shares: list[FloatArray], control: int | None) -
         levels.copy_(torch.lerp(centre, levels, torch.from_numpy(share).to(levels)[:, None]))
 
 
-def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], seed: int) -> None:
-    """Fit the effects of perturbations to generated cells of their training conditions; see `perturbation_effect`.
+def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], told: FloatArray, seed: int) -> None:
+    r"""Fit the effects of perturbations to generated cells of their training conditions; see `perturbation_effect`.
 
     Those of donors, time points and the control stay, which many training cells tell better than some generated ones.
     All perturbations of a context share the noise of their generated cells: what these leave to chance cancels in the
-    difference from the control.
+    difference from the control. Where latents tell nothing of a perturbation, that difference is all there is of it:
+    its effect is `told` times the difference, and the rest of it as `adaptive_shrink` leaves it, gene by gene.
+
+    Parameters
+    ----------
+    vae, dit
+        The first is changed in place.
+    cells, rows
+        The cells to fit to are these rows of `cells`.
+    told
+        Share of the shift of its latents, for each perturbation; see `told_shares`.
+    seed
+        Of all draws.
     """
     assert cells.labels is not None
-    labels = cells.labels
+    labels, control = cells.labels, control_code(cells)
     conditions = Conditions.of((labels[rows[index]] for index in chunks(len(rows), CHUNK)), cells.registry.vocabulary)
     observed = np.zeros((cells.registry.vocabulary[PERTURBATION], cells.n_genes))
-    library = np.zeros(len(conditions))
+    library, spread = np.zeros(len(conditions)), Spread.of(conditions, cells.n_genes)
     for index in chunks(len(rows), CHUNK):
         part = rows[index]
-        counts = cells.counts(part)
-        present, place = np.unique(labels[part, PERTURBATION], return_inverse=True)
+        counts, code = cells.counts(part), labels[part, PERTURBATION]
+        present, place = np.unique(code, return_inverse=True)
         observed[present] += members(place, len(present)) @ counts
         np.add.at(library, conditions.find(labels[part]), np.asarray(counts.sum(axis=1)).ravel())
+        spread.add(counts[code == control], conditions.find(labels[part][code == control]))
     effects, expected = label_effects(vae), np.zeros_like(observed)
     for of, shares in _generated(vae, dit, cells, conditions, key_seed(seed, 0)):
         donor, timepoint, perturbation = conditions.labels[of].T
         others = np.exp(effects[DONOR][donor] + effects[TIMEPOINT][timepoint])
         np.add.at(expected, perturbation, library[of, None] * shares * others)
     n_cells = np.bincount(conditions.labels[:, PERTURBATION], conditions.n_cells, minlength=len(observed))
-    some, new = n_cells > 0, np.zeros_like(observed)
-    new[some] = perturbation_effect(observed[some], expected[some], n_cells[some, None])
-    before, control = effects[PERTURBATION], cells.registry.control
-    if control is not None:
-        code = cells.registry.perturbation.levels.index(control)
-        shift = before[code] - new[code]
+    some, generator = np.flatnonzero(n_cells), np.random.default_rng(key_seed(seed, 1))
+    observed, expected, n_cells, before = observed[some], expected[some], n_cells[some, None], effects[PERTURBATION]
+    new = perturbation_effect(observed, expected, n_cells)
+    if control not in some:
+        before[some] = new + n_cells[:, 0] / n_cells.sum() @ (
+            before[some] - new
+        )  # without cells of a control the mean stays
     else:
-        shift = n_cells / n_cells.sum() @ (before - new)  # the mean of all cells
-    before[some] = new[some] + shift
-    write_effects(vae, effects, np.random.default_rng(key_seed(seed, 1)))
+        of_control = new[some == control]
+        expected = expected * np.exp(of_control)
+        ratio = np.log((observed + HALF) / (expected + HALF))
+        noise = log_ratio_variance(observed + HALF, expected + HALF, ratio) + spread.dispersion / n_cells
+        careful = adaptive_shrink(ratio, noise + noise[some == control], generator)
+        share = told[some, None]
+        before[some] = share * (new - of_control) + (1 - share) * careful + before[control]
+    write_effects(vae, effects, generator)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Moments of the counts of control cells in each context."""
+
+    context: NDArray[np.int64]
+    """Of each condition (K,), numbered."""
+    library: FloatArray
+    """Sums of library sizes, and of their squares, of each context (2, C)."""
+    counts: FloatArray
+    """Sums of counts (C, G)."""
+    squares: FloatArray
+    """Sum of the squared counts of all cells (G,)."""
+
+    @classmethod
+    def of(cls, conditions: "Conditions", n_genes: int) -> "Spread":
+        """Start without cells."""
+        context = np.unique(conditions.labels[:, :PERTURBATION], axis=0, return_inverse=True)[1].ravel()
+        n = int(context.max()) + 1
+        return cls(context, np.zeros((2, n)), np.zeros((n, n_genes)), np.zeros(n_genes))
+
+    def add(self, counts: Any, of: NDArray[np.int64]) -> None:
+        """Add control cells, CSR (n, G), of these conditions (n,)."""
+        present, place = np.unique(self.context[of], return_inverse=True)
+        own, library = members(place, len(present)), np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        self.library[:, present] += np.stack([own @ library, own @ np.square(library)])
+        self.counts[present] += own @ counts
+        self.squares[:] += np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
+
+    @property
+    def dispersion(self) -> FloatArray:
+        """1 / theta of each gene (G,) by moments: the variance of cells around the mean of their context."""
+        share = self.counts / np.maximum(self.library[0], 1.0)[:, None]
+        square = self.library[1] @ np.square(share)
+        return np.maximum(self.squares - self.counts.sum(axis=0) - square, 0.0) / np.maximum(square, 1e-12)
 
 
 def _generated(
