@@ -17,7 +17,7 @@ from scldm_cd4.config import ModelConfig, resolve_config
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.mudata import as_anndata, setup_mudata
 from scldm_cd4.data.setup import fit_registry, setup_anndata
-from scldm_cd4.data.splits import make_split
+from scldm_cd4.data.splits import VALIDATION, make_split, warn_of_seen
 from scldm_cd4.distributed import generate_divided
 from scldm_cd4.evaluation import evaluate
 from scldm_cd4.familiarity import warn_of_far_cells
@@ -76,7 +76,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         stage: str = "both",
         split: Any = None,
         train_size: float | None = None,
-        validation_size: float = 0.1,
+        validation_size: float = VALIDATION,
         plan_kwargs: Any = None,
         accelerator: str = "auto",
         devices: Any = "auto",
@@ -97,7 +97,8 @@ class CD4Model(EncodingMethods, QueryMethods):
             ``both``, ``vae`` or ``flow``; ``flow`` keeps the trained autoencoder. A stage starts from fresh weights.
         split
             Which cells are held out, see `scldm_cd4.data.splits.make_split`; None holds out a random share
-            `validation_size` of every condition, for validation.
+            `validation_size` of every condition, for validation, and for ``stage="flow"`` keeps the split of the
+            autoencoder.
         train_size, validation_size
             Shares of the cells for a random split (`train_size` instead of `split`); what is left is for test.
         plan_kwargs
@@ -143,7 +144,13 @@ class CD4Model(EncodingMethods, QueryMethods):
             split = random_shares(split, train_size, validation_size)
         cells = CellData.from_adata(self._adata(None), self._state.registry)
         warn_without_control(self._state.registry)
-        parts, before = make_split(cells, split, validation=validation_size, seed=seed), self._state.registry
+        before, known = self._state.registry, self._split if stage == "flow" else None
+        if known is not None and split is None and validation_size == VALIDATION:
+            parts = known
+        else:
+            parts = make_split(cells, split, validation=validation_size, seed=seed)
+        if known is not None:
+            warn_of_seen(known, parts)
         try:
             self._state.train(
                 cells,

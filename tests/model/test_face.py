@@ -94,9 +94,18 @@ def test_flow_alone_missing_is_said(simulated: Any, quick: Any) -> None:
     assert not model.is_trained
     with pytest.raises(NotTrainedError, match="flow"):
         model.generate(n_cells=1)
-    model.train(stage="flow", seed=0, max_epochs=1)
+    held_out = model.validation_indices
+    model.train(stage="flow", seed=1, max_epochs=1)
+    np.testing.assert_array_equal(model.validation_indices, held_out)
     assert model.is_trained
     assert set(model.history_) == {"vae", "flow"}
+
+
+def test_cells_that_the_autoencoder_saw_are_not_held_out_in_silence(simulated: Any, quick: Any) -> None:
+    model = CD4Model(simulated, "tiny", **quick)
+    model.train(stage="vae", seed=0, max_epochs=1)
+    with pytest.warns(UserWarning, match="held out now trained the autoencoder"):
+        model.train(stage="flow", split={"test": 0.3}, seed=0, max_epochs=1)
 
 
 def test_after_training(trained: Any, simulated: Any) -> None:

@@ -14,6 +14,8 @@ from scldm_cd4.data.labels import as_label, get_column, read_labels
 from scldm_cd4.registry import Registry, suggestion
 
 PARTS = ("train", "validation", "test")
+VALIDATION = 0.1
+"""Share of cells for validation where nothing else is asked."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def make_split(
     cells: CellData,
     split: Any = None,
     *,
-    validation: float = 0.1,
+    validation: float = VALIDATION,
     seed: int,
 ) -> Split:
     """Split cells into training, validation and test.
@@ -97,6 +99,17 @@ def make_split(
     spec["n_cells"] = {"train": len(train), "validation": len(held), "test": len(test)}
     spec["untrained"] = _untrained(cells.registry, cells.labels, train)
     return Split(train, held, test, spec)
+
+
+def warn_of_seen(before: Split, now: Split) -> None:
+    """Warn where cells that were trained on before are held out now."""
+    seen = np.isin(np.concatenate([now.validation, now.test]), before.train).sum()
+    if seen:
+        warnings.warn(
+            f"{seen} of the cells that are held out now trained the autoencoder: scores on them will be better than on "
+            "new cells; leave out split= to keep the split of the autoencoder",
+            stacklevel=3,
+        )
 
 
 def _from_dict(
