@@ -6,7 +6,6 @@ from the control, donors and time points from each other. Then the effects of pe
 fitted to generated cells in place of encoded ones.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,26 +83,25 @@ class Conditions:
     """Of each (K,)."""
     shape: tuple[int, int, int]
     """Levels of each role."""
-    place: NDArray[np.int64]
-    """Number of a condition among the K, by its number among all."""
+    codes: NDArray[np.int64]
+    """Numbers among all, ascending."""
 
     @classmethod
     def of(cls, labels: Iterable[NDArray[np.integer]], shape: tuple[int, int, int]) -> "Conditions":
         """Look through labels (n, 3) that come in parts."""
-        n_cells = np.zeros(math.prod(shape), dtype=np.int64)
-        for part in labels:
-            n_cells += np.bincount(np.ravel_multi_index(tuple(part.T), shape), minlength=len(n_cells))
-        present = np.flatnonzero(n_cells)
-        place = np.zeros(len(n_cells), dtype=np.int64)
-        place[present] = np.arange(len(present))
-        return cls(np.array(np.unravel_index(present, shape)).T, n_cells[present], shape, place)
+        parts = [np.unique(np.ravel_multi_index(tuple(part.T), shape), return_counts=True) for part in labels]
+        every, n_cells = (np.concatenate(x) for x in zip(*parts, strict=True))
+        codes, place = np.unique(every, return_inverse=True)
+        total = np.zeros(len(codes), dtype=np.int64)
+        np.add.at(total, place, n_cells)
+        return cls(np.array(np.unravel_index(codes, shape)).T, total, shape, codes)
 
     def __len__(self) -> int:
-        return len(self.n_cells)
+        return len(self.codes)
 
     def find(self, labels: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the number of the condition of each cell, labels (n, 3)."""
-        return self.place[np.ravel_multi_index(tuple(labels.T), self.shape)]
+        return np.searchsorted(self.codes, np.ravel_multi_index(tuple(labels.T), self.shape))
 
 
 def told_shares(
