@@ -216,20 +216,34 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
     n_cells = np.bincount(conditions.labels[:, PERTURBATION], conditions.n_cells, minlength=len(observed))
     some, generator = np.flatnonzero(n_cells), np.random.default_rng(key_seed(seed, 1))
     observed, expected, n_cells, before = observed[some], expected[some], n_cells[some, None], effects[PERTURBATION]
-    new = perturbation_effect(observed, expected, n_cells)
-    if control not in some:
-        before[some] = new + n_cells[:, 0] / n_cells.sum() @ (
-            before[some] - new
-        )  # without cells of a control the mean stays
+    if control in some:
+        told, is_control = told[some, None], some == control
+        new = _beside_control(observed, expected, n_cells, is_control, told, spread.dispersion, generator)
+        before[some] = new + before[control]
     else:
-        of_control = new[some == control]
-        expected = expected * np.exp(of_control)
-        ratio = np.log((observed + HALF) / (expected + HALF))
-        noise = log_ratio_variance(observed + HALF, expected + HALF, ratio) + spread.dispersion / n_cells
-        careful = adaptive_shrink(ratio, noise + noise[some == control], generator)
-        share = told[some, None]
-        before[some] = share * (new - of_control) + (1 - share) * careful + before[control]
+        new = perturbation_effect(observed, expected, n_cells)
+        before[some] = new + n_cells[:, 0] / n_cells.sum() @ (before[some] - new)  # the mean of all cells stays
     write_effects(vae, effects, generator)
+
+
+def _beside_control(
+    observed: FloatArray,
+    expected: FloatArray,
+    n_cells: NDArray[np.int64],
+    is_control: NDArray[np.bool_],
+    told: FloatArray,
+    dispersion: FloatArray,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Return effects (levels, G) less that of the control, shrunk where they are not told."""
+    effect = perturbation_effect(observed, expected, n_cells)
+    of_control = effect[is_control]
+    observed, expected = observed + HALF, expected * np.exp(of_control) + HALF
+    ratio = np.log(observed / expected)
+    noise = log_ratio_variance(observed, expected, ratio) + dispersion / n_cells
+    careful = adaptive_shrink(ratio, noise + noise[is_control], generator)
+    out: FloatArray = told * (effect - of_control) + (1 - told) * careful
+    return out
 
 
 @dataclass(frozen=True)
