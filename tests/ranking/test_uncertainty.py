@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scldm_cd4.ranking.uncertainty import Spread, assess, false_discovery_rates, moderate, p_values
+from scldm_cd4.ranking.uncertainty import Spread, assess, false_discovery_rates, joint_df, moderate, p_values
 
 
 def simulate(
@@ -90,3 +90,15 @@ def test_p_values_are_uniform_by_chance_and_rates_are_monotone() -> None:
     assert p_values(np.array([1.0, -1.0, 0.0]), np.zeros(3), np.ones(3)).tolist() == [0, 1, 1]
     q = false_discovery_rates(np.array([0.01, 0.02, np.nan, 0.9]))
     np.testing.assert_allclose(q, [0.03, 0.03, np.nan, 0.9])
+
+
+def test_errors_of_few_and_of_many_degrees_of_freedom_have_those_of_their_sum() -> None:
+    first, second = np.array([1.0, 1.0, 1e-4, 0.0]), np.array([0.0, 1.0, 1.0, 1.0])
+    df = joint_df(first, np.full(4, 3.0), second, 500)
+    np.testing.assert_allclose(df, [3, 4 / (1 / 3 + 1 / 500), 500, 500], rtol=1e-2)
+    rng = np.random.default_rng(
+        0
+    )  # an error of variance 1/4 + 3/4, its parts estimated with 3 and 500 degrees of freedom
+    few, many = 0.25 * rng.chisquare(3, 20_000) / 3, 0.75 * rng.chisquare(500, 20_000) / 500
+    p = p_values(rng.normal(size=20_000), np.sqrt(few + many), joint_df(few, np.full(20_000, 3.0), many, 500))
+    assert abs(np.mean(p < 0.01) - 0.01) < 0.003

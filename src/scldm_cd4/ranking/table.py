@@ -12,7 +12,7 @@ from scldm_cd4.output import evidence
 from scldm_cd4.ranking.effects import target_genes
 from scldm_cd4.ranking.evidence import Reliability, gene_names
 from scldm_cd4.ranking.scoring import Group, Row
-from scldm_cd4.ranking.uncertainty import MIN_DONORS, Spread, assess, false_discovery_rates, p_values
+from scldm_cd4.ranking.uncertainty import MIN_DONORS, Spread, assess, false_discovery_rates, joint_df, p_values
 from scldm_cd4.registry import Registry
 
 Z90 = 1.6449
@@ -92,7 +92,9 @@ def _judged(rows: Sequence[Row], criteria: Criteria) -> pd.DataFrame:
     mean, sd, q05, q95 = sign * chance[:, 0], chance[:, 1], *(sign * chance[:, 2:].T)
     model = np.array([criteria.reliability.model_sd(row.score, len(row.contexts)) for row in rows])
     known = np.nan_to_num(model)
-    p_chance = p_values(score - mean, np.hypot(np.fmax(sd, sure.se_total), known), sure.df)
+    sampled = np.fmax(sd, sure.se_total)
+    df = joint_df(np.square(sampled), sure.df, np.square(known), max(criteria.reliability.n_conditions, 1))
+    p_chance = p_values(score - mean, np.hypot(sampled, known), df)
     z_genes = sign * np.array([row.z_genes for row in rows])
     p_genes = p_values(z_genes, np.ones(len(rows)), np.full(len(rows), 1e6))
     pval = np.fmax(p_chance, p_genes)

@@ -159,6 +159,16 @@ def p_values(excess: Array, se: Array, df: Array) -> Array:
     return np.where(np.isnan(excess), np.nan, stats.t.sf(t, np.maximum(df, 1)))
 
 
+def joint_df(first: Array, first_df: Array, second: Array, second_df: float) -> Array:
+    r"""Return the degrees of freedom of the sum of two independent variances.
+
+    :math:`(a + b)^2 / (a^2 / f_a + b^2 / f_b)` (Satterthwaite 1946, *Biometrics Bulletin* 2, 110).
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        df = np.square(first + second) / (np.square(first) / np.maximum(first_df, 1) + np.square(second) / second_df)
+    return np.where(second > 0, df, first_df)
+
+
 def false_discovery_rates(p: Array) -> Array:
     """Adjust p values (K,) by Benjamini & Hochberg (1995); NaN stays."""
     return np.asarray(benjamini_hochberg(p), dtype=np.float64)
