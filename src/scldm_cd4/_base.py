@@ -15,7 +15,7 @@ from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
 from scldm_cd4.config import PRESETS, STAGES, ModelConfig
-from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.cells import CellData, identity
 from scldm_cd4.data.mudata import as_anndata, is_mudata
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
@@ -36,9 +36,16 @@ class ModelBase:
         self.mdata = adata if is_mudata(adata) else None
         self.adata = as_anndata(adata)
         self._state = state
-        self._split: Split | None = None
+        self._split = self._saved_split()
         self._hash: str | None = None
         self.to_device(device)
+
+    def _saved_split(self) -> Split | None:
+        """Return the split of the training, where the cells of the model are those that it was of."""
+        split = self._state.split
+        if split is None or self.adata is None:
+            return None
+        return split if split.spec["cells"] == identity(self.adata, self._state.registry) else None
 
     @property
     def registry(self) -> dict[str, Any]:
@@ -84,17 +91,17 @@ class ModelBase:
 
     @property
     def train_indices(self) -> np.ndarray | None:
-        """Rows of the training cells; None before training and after loading."""
+        """Rows of the training cells; None before training, and for other cells than were trained on."""
         return None if self._split is None else self._split.train
 
     @property
     def validation_indices(self) -> np.ndarray | None:
-        """Rows of the validation cells; None before training and after loading."""
+        """Rows of the validation cells; None where `train_indices` is."""
         return None if self._split is None else self._split.validation
 
     @property
     def test_indices(self) -> np.ndarray | None:
-        """Rows of the cells that training never saw; None before training and after loading."""
+        """Rows of the cells that training never saw; None where `train_indices` is."""
         return None if self._split is None else self._split.test
 
     def to_device(self, device: Any) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from scldm_cd4.train.runner import TrainResult
 
 PARTS = ("vae", "dit")
+PARTS_OF_CELLS = "split.parts"
+"""Name of the tensor that says which cells trained and which were held out."""
 
 
 @dataclass
@@ -44,6 +46,8 @@ class State:
     """Plain facts on the training: seed, seconds, cells, notes."""
     familiarity: Familiarity | None = None
     """Training cells to set query cells against; None in imported and early models."""
+    split: Split | None = None
+    """Which cells trained and which were held out; None in imported and early models."""
 
     def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> "TrainResult":
         """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
@@ -66,11 +70,11 @@ class State:
             result = fit(vae, new_dit, cells, split, self.config, seed=seed, stage=stage, **options)  # type: ignore[arg-type]
         except TrainingError:
             if self.dit is None:
-                self._take_what_is_good(vae, start, made, registry)
+                self._take_what_is_good(vae, start, made, registry, split)
             raise
         if stage in ("both", "vae"):
             self.dit, self.history, self.record = None, {}, {}
-        self.vae, self.registry = vae.eval(), registry
+        self.vae, self.registry, self.split = vae.eval(), registry, split
         self.dit = result.dit.eval() if result.dit is not None else self.dit
         if stage in ("both", "vae"):
             self.familiarity = Familiarity.fit(self.vae, cells, split, seed)
@@ -79,11 +83,13 @@ class State:
         self._remember(result, split)
         return result
 
-    def _take_what_is_good(self, vae: VAE, start: Mapping[str, Tensor], made: list[DiT], registry: Registry) -> None:
+    def _take_what_is_good(
+        self, vae: VAE, start: Mapping[str, Tensor], made: list[DiT], registry: Registry, split: Split
+    ) -> None:
         if made and any(p.abs().max() > 0 for p in made[-1].final_layer.parameters()):  # it starts at zero
             self.dit = made[-1].eval()
         if self.dit is not None or _moved(vae, start):
-            self.vae, self.registry = vae.eval(), registry
+            self.vae, self.registry, self.split = vae.eval(), registry, split
 
     def _new_vae(self, seed: int) -> VAE:
         with isolated_rng(seed):
@@ -145,7 +151,8 @@ class State:
 
     def _kept(self) -> dict[str, Tensor]:
         kept = {} if self.familiarity is None else self.familiarity.tensors()
-        return {f"familiarity.{name}": value for name, value in kept.items()}
+        split = {} if self.split is None else {PARTS_OF_CELLS: torch.from_numpy(self.split.parts)}
+        return {f"familiarity.{name}": value for name, value in kept.items()} | split
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
@@ -179,6 +186,8 @@ class State:
         }:
             vae = state.config.vae
             state.familiarity = Familiarity.from_tensors(kept, vae.latent_tokens * vae.n_channels)
+        if PARTS_OF_CELLS in saved.tensors:
+            state.split = Split.saved(saved.tensors[PARTS_OF_CELLS].numpy(), _last_split(record))
         return state
 
     @classmethod
@@ -219,6 +228,12 @@ def _labels(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.int32]:
     for own, column in zip(codes, cells.labels.T, strict=True):
         own[:] = column[rows]
     return codes.T
+
+
+def _last_split(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts on the split of the training that was last, which the flow is where there is one."""
+    found: dict[str, Any] = next((record[name]["split"] for name in ("flow", "vae") if name in record), {})
+    return found
 
 
 def _moved(network: torch.nn.Module, start: Mapping[str, Tensor]) -> bool:

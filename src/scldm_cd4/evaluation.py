@@ -35,7 +35,7 @@ def evaluate(
         the training split (the validation cells where it has none) of the cells that the model was built with.
     train
         The cells that the model was trained on, which baselines and components see. None takes those of the training
-        split; a model that was loaded does not know them.
+        split; a model that was loaded knows it where it was loaded with the same cells.
     profile, baselines
         As in `scldm_cd4.metrics.evaluate`.
     n_cells
@@ -79,8 +79,9 @@ def evaluate(
     else:
         if own is None:
             raise DataError(
-                "a model that was loaded knows no held-out cells: pass adata= with real cells that it has not seen, "
-                "and train= with those that it was trained on, for baselines"
+                "the model was not loaded with the cells that it was trained on, so it knows no held-out cells: "
+                "CD4Model.load(folder, adata) with these, in the same order, or pass adata= with real cells that it "
+                "has not seen, and train= with those that it was trained on, for baselines"
             )
         held = self.test_indices if len(self.test_indices) else self.validation_indices
         if not len(held):

@@ -199,7 +199,7 @@ def _grown(state: State, registry: Registry, levels: Mapping[str, list[str]]) ->
     """Return a copy with rows for the new levels, which hold the mean of the trained ones; the last row stays last."""
     assert state.vae is not None
     assert state.dit is not None
-    new = State(state.config, registry, history=dict(state.history), familiarity=state.familiarity)
+    new = State(state.config, registry, history=dict(state.history), familiarity=state.familiarity, split=state.split)
     weights = {part: dict(getattr(state, part).state_dict()) for part in ("vae", "dit")}
     for role, labels in levels.items():
         names = [("dit", f"class_embeddings.{role}.weight")]

@@ -98,7 +98,7 @@ class CD4Model(EncodingMethods, QueryMethods):
         split
             Which cells are held out, see `scldm_cd4.data.splits.make_split`; None holds out a random share
             `validation_size` of every condition, for validation. For ``stage="flow"`` None keeps the split of an
-            autoencoder that this object trained; a loaded model has none to keep: give it the same `split` and `seed`.
+            autoencoder, also of one that was saved and loaded with the same cells.
         train_size, validation_size
             Shares of the cells for a random split (`train_size` instead of `split`); what is left is for test.
         plan_kwargs

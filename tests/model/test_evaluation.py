@@ -45,7 +45,7 @@ def test_given_cells_and_options(trained, simulated):
     assert "baseline_control" not in found
 
 
-def test_loaded_model_has_no_training_cells(trained, simulated, tmp_path):
+def test_a_model_loaded_without_cells_has_no_training_cells(trained, simulated, tmp_path):
     trained.save(tmp_path / "model")
     loaded = CD4Model.load(tmp_path / "model")
     with pytest.raises(DataError, match="pass adata="):
@@ -55,11 +55,12 @@ def test_loaded_model_has_no_training_cells(trained, simulated, tmp_path):
     assert found["note"].str.contains("no training cells").all()
 
 
-def test_training_cells_can_be_given_to_a_loaded_model(trained, simulated, table, tmp_path):
+def test_a_loaded_model_takes_its_training_cells_or_finds_them(trained, simulated, table, tmp_path):
     trained.save(tmp_path / "model")
     held, train = (simulated[rows] for rows in (trained.test_indices, trained.train_indices))
     found = CD4Model.load(tmp_path / "model").evaluate(held, train=train, seed=1, **QUICK)
     assert found.equals(table)
+    assert CD4Model.load(tmp_path / "model", simulated).evaluate(seed=1, **QUICK).equals(table)
 
 
 def test_controls_alone_have_no_effect_to_score(trained, simulated):

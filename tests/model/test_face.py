@@ -108,6 +108,38 @@ def test_cells_that_the_autoencoder_saw_are_not_held_out_in_silence(simulated: A
         model.train(stage="flow", split={"test": 0.3}, seed=0, max_epochs=1)
 
 
+def test_a_loaded_model_knows_the_cells_that_it_held_out(
+    trained: CD4Model, simulated: Any, quick: Any, tmp_path: Path
+) -> None:
+    """Also for a flow trained anew, whatever its seed; not for other cells, nor for these in another order."""
+    trained.save(tmp_path / "m")
+    loaded = CD4Model.load(tmp_path / "m", simulated.copy())
+    for part in ("train_indices", "validation_indices", "test_indices"):
+        np.testing.assert_array_equal(getattr(loaded, part), getattr(trained, part))
+    changed = simulated.copy()
+    changed.obs["donor_id"] = changed.obs["donor_id"].cat.rename_categories(
+        dict(zip(trained.donors, trained.donors[::-1], strict=True))
+    )
+    for other in (simulated[::-1].copy(), simulated[:50].copy(), changed, simulated[:, ::-1].copy(), None):
+        same = other is not None and other.var_names[0] != simulated.var_names[0]  # genes may come in any order
+        assert (CD4Model.load(tmp_path / "m", other).test_indices is not None) == same
+    model = CD4Model(simulated, "tiny", **quick)
+    model.train(stage="vae", seed=0, max_epochs=1)
+    model.save(tmp_path / "half")
+    held_out, model = model.validation_indices, CD4Model.load(tmp_path / "half", simulated)
+    model.train(stage="flow", seed=7, max_epochs=1)
+    np.testing.assert_array_equal(model.validation_indices, held_out)
+
+
+def test_a_damaged_split_is_refused(trained: CD4Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = trained._state.split
+    assert split is not None
+    monkeypatch.setitem(split.spec, "n_cells", {"train": 1, "validation": 0, "test": 0})
+    trained.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="split is damaged"):
+        CD4Model.load(tmp_path / "m")
+
+
 def test_after_training(trained: Any, simulated: Any) -> None:
     assert trained.is_trained_
     assert trained.is_trained

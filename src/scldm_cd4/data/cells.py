@@ -1,12 +1,13 @@
 """Cells as a model sees them: validated, genes aligned by name, labels as codes."""
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from scldm_cd4._errors import DataError, GeneMismatchError
+from scldm_cd4._errors import DataError, GeneMismatchError, UnknownCategoryError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
@@ -180,6 +181,11 @@ class CellData:
         """The names of the cells, a pandas Index."""
         return self.obs.index if self._named is None else self._named.obs_names
 
+    @property
+    def identity(self) -> str:
+        """A hash of names and labels of the cells in their order, which tells whether these are the same cells."""
+        return _hash(self.obs_names, self.labels)
+
     def __len__(self) -> int:
         return self.n_cells
 
@@ -238,6 +244,23 @@ class CellData:
         """Return a block of the reader with the model's genes as columns."""
         same = len(self._target) == self.n_genes and np.array_equal(self._target, np.arange(self.n_genes))
         return place_columns(block, None if same else self._target, self.n_genes)
+
+
+def identity(adata: Any, registry: Registry) -> str | None:
+    """Return `CellData.identity` without a look at the counts; None where labels are missing or unknown."""
+    try:
+        return _hash(adata.obs_names, _labels(adata.obs, registry, _keys(adata, registry)))
+    except (DataError, UnknownCategoryError):
+        return None
+
+
+def _hash(names: Any, labels: np.ndarray | None) -> str:
+    import pandas as pd
+
+    digest = hashlib.sha256(pd.util.hash_array(np.asarray(names, dtype=object)).tobytes())
+    if labels is not None:
+        digest.update(labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _keys(adata: Any, registry: Registry) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scldm_cd4._errors import DataError
+from scldm_cd4._errors import CheckpointError, DataError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import as_label, get_column, read_labels
@@ -36,8 +36,39 @@ class Split:
     validation: np.ndarray
     test: np.ndarray
     spec: dict[str, Any]
-    """How the parts came about, as plain values. ``kind``, what was asked, ``seed``, cells per part under ``n_cells``,
-    and under ``untrained`` the levels by role that have cells but none in training."""
+    """How the parts came about, as plain values. ``kind``, what was asked, ``seed``, under ``cells`` which these are
+    (`CellData.identity`), cells per part under ``n_cells``, and under ``untrained`` the levels by role that have cells
+    but none in training."""
+
+    @classmethod
+    def of(cls, parts: np.ndarray, spec: dict[str, Any]) -> "Split":
+        """Build from the part of each cell, its place in `PARTS` (n,)."""
+        train, validation, test = (np.flatnonzero(parts == code) for code in range(len(PARTS)))
+        return cls(train, validation, test, spec)
+
+    @property
+    def parts(self) -> np.ndarray:
+        """The part of each cell, its place in `PARTS`, uint8 (n,)."""
+        out = np.zeros(len(self.train) + len(self.validation) + len(self.test), dtype=np.uint8)
+        out[self.validation], out[self.test] = PARTS.index("validation"), PARTS.index("test")
+        return out
+
+    @classmethod
+    def saved(cls, parts: np.ndarray, spec: dict[str, Any]) -> "Split":
+        """Build from what a model keeps, `parts` and `spec`.
+
+        Raises
+        ------
+        CheckpointError
+            They do not fit.
+        """
+        try:
+            found = np.bincount(parts, minlength=len(PARTS)).tolist()
+            if found != [spec["n_cells"][part] for part in PARTS]:
+                raise ValueError(f"it has {found} cells in {PARTS}")
+            return cls.of(parts, spec)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"what the model keeps of its split is damaged: {error!r}") from error
 
 
 def make_split(
@@ -91,14 +122,15 @@ def make_split(
         parts, spec = _from_dict(cells, {}, validation if split is None else split, seed)
     else:
         parts, spec = _from_labels(cells, split)
-    train, held, test = (np.flatnonzero(parts == code) for code in range(len(PARTS)))
-    if not len(train):
+    n_train, n_held, n_test = np.bincount(parts, minlength=len(PARTS)).tolist()
+    if not n_train:
         raise DataError(
-            f"no cell is left for training: {len(held)} are for validation and {len(test)} for test of {cells.n_cells}"
+            f"no cell is left for training: {n_held} are for validation and {n_test} for test of {cells.n_cells}"
         )
-    spec["n_cells"] = {"train": len(train), "validation": len(held), "test": len(test)}
-    spec["untrained"] = _untrained(cells.registry, cells.labels, train)
-    return Split(train, held, test, spec)
+    spec["cells"] = cells.identity
+    spec["n_cells"] = {"train": n_train, "validation": n_held, "test": n_test}
+    spec["untrained"] = _untrained(cells.registry, cells.labels, np.flatnonzero(parts == PARTS.index("train")))
+    return Split.of(parts, spec)
 
 
 def warn_of_seen(before: Split, now: Split) -> None:
