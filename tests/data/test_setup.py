@@ -141,6 +141,21 @@ def test_labels_that_are_no_labels(adata):
     assert "cannot be labels" in refused(adata)
 
 
+@pytest.mark.parametrize(("values", "said"), [((True, 1), "True and 1"), ((0.0, "a", False), "False and 0")])
+def test_truth_values_among_numbers_are_not_one_level_in_silence(adata, values, said):
+    adata.obs["donor"] = pd.Series([values[i % len(values)] for i in range(N)], index=adata.obs_names, dtype=object)
+    assert said in refused(adata)
+    adata.obs["donor"] = adata.obs["donor"].map(lambda value: value if isinstance(value, str) else str(value))
+    setup_anndata(adata, **KEYS)
+    assert len(fit_registry(adata).donor) == len(values)
+
+
+@pytest.mark.parametrize("name", ["is_generated", "size_factor", "n_train_cells", "n_train_contexts"])
+def test_label_columns_of_names_that_generated_cells_have_for_something_else(adata, name):
+    adata.obs[name] = adata.obs["donor"]
+    assert "rename it" in refused(adata, donor_key=name)
+
+
 def test_columns(adata):
     assert "Near matches: 'donor'" in refused(adata, donor_key="donr")
     assert "one obs column (a string)" in refused(adata, donor_key=["donor"])

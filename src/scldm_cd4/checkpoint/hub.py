@@ -90,8 +90,9 @@ def push_folder(
         raise CheckpointError(f"{repo_id!r} is no name of a repository; it is 'org/name'")
     client = _client(repo_id)
     warnings.warn(
-        f"gene names, condition labels (the donors among them), numbers of training cells and the training history are "
-        f"uploaded to {repo_id} with the weights ({'private' if private else 'PUBLIC'} if the repository is new)",
+        "gene names, condition labels (the donors among them), numbers of training cells, which of them were held out "
+        f"(in their order, without names) and the training history are uploaded to {repo_id} with the weights "
+        f"({'private' if private else 'PUBLIC'} if the repository is new)",
         UserWarning,
         stacklevel=3,
     )

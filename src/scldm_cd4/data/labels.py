@@ -101,6 +101,8 @@ def read_labels(obs: Any, key: Any, what: str) -> tuple[np.ndarray, tuple[str, .
     try:
         codes, values = pd.factorize(column)
         names = [as_label(value) for value in np.asarray(values)]
+        if pd.api.types.infer_dtype(column, skipna=True).startswith("mixed"):
+            _refuse_truth_among_numbers(column, f"obs[{key!r}] ({what})")
     except (TypeError, UnicodeDecodeError) as error:
         raise DataError(f"obs[{key!r}] ({what}) holds values that cannot be labels: {error}") from error
     is_empty = np.array([*(not name.strip() for name in names), True])  # the last one is for code -1: missing
@@ -113,3 +115,13 @@ def read_labels(obs: Any, key: Any, what: str) -> tuple[np.ndarray, tuple[str, .
     levels = tuple(sorted(set(names)))
     position = {level: code for code, level in enumerate(levels)}
     return np.array([position[name] for name in names], dtype=np.int64)[codes], levels
+
+
+def _refuse_truth_among_numbers(column: Any, where: str) -> None:
+    """Raise DataError where a column holds both True and 1, or False and 0, which count as equal."""
+    truth = {value for value in column if isinstance(value, bool | np.bool_)}
+    numbers = {value for value in column if isinstance(value, int | float | np.number) and not isinstance(value, bool)}
+    if clash := sorted(truth & numbers):
+        raise DataError(
+            f"{where} holds both {bool(clash[0])} and {int(clash[0])}, which count as equal: use one of them throughout"
+        )

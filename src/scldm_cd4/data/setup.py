@@ -18,6 +18,8 @@ SETUP_KEY = "_scldm_cd4"
 SCHEMA_VERSION = 1
 ALL = "all"
 """The single level of an attribute without a column."""
+TAKEN = ("is_generated", "size_factor", "n_train_cells", "n_train_contexts")
+"""Columns of generated cells that are not labels."""
 
 _KEYS = (*(f"{role}_key" for role in ROLES), "control", "layer", "size_factor_key", "gene_id_key")
 
@@ -168,9 +170,14 @@ def read_attributes(obs: Any, keys: dict[str, str | None]) -> dict[str, tuple[np
     Raises
     ------
     DataError
-        A column is missing, has missing labels, or is used for two roles.
+        A column is missing, has missing labels, is used for two roles, or has a name of `TAKEN`.
     """
     used = [key for key in keys.values() if key is not None]
+    if taken := [key for key in used if key in TAKEN]:
+        raise DataError(
+            f"obs[{taken[0]!r}] cannot hold labels, as generated cells have a column of that name for something else: "
+            f"rename it, adata.obs = adata.obs.rename(columns={{{taken[0]!r}: {taken[0] + '_label'!r}}})"
+        )
     if doubled := {repr(key) for key in used if used.count(key) > 1}:
         raise DataError(f"one obs column cannot play two roles: {', '.join(doubled)}")
     out = {}
