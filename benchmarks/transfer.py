@@ -137,11 +137,14 @@ def trained(hold_out: HoldOut, train: ad.AnnData, seed: int, options: argparse.N
     return model
 
 
-def conditions_of(cells: ad.AnnData, hold_out: HoldOut) -> pd.DataFrame:
-    """Give the perturbed conditions of some cells with their numbers of cells."""
+def conditions_of(cells: ad.AnnData, hold_out: HoldOut, at_least: int = 1) -> pd.DataFrame:
+    """Give the perturbed conditions of some cells with their numbers of cells, raised for those held out."""
     table = cells.obs[list(hold_out.columns)].astype(str)
     table = table[table[hold_out.columns[-1]] != hold_out.control]
-    return table.groupby(list(hold_out.columns)).size().rename("n_cells").reset_index()
+    out = table.groupby(list(hold_out.columns)).size().rename("n_cells").reset_index()
+    held = pd.MultiIndex.from_frame(out[list(hold_out.columns)]).isin(hold_out.conditions)
+    out["n_cells"] = out["n_cells"].mask(held, out["n_cells"].clip(lower=at_least))
+    return out
 
 
 def generate(model: Any, variant: str, conditions: pd.DataFrame, train: ad.AnnData, seed: int) -> ad.AnnData:
@@ -261,7 +264,7 @@ def run(hold_out: HoldOut, options: argparse.Namespace) -> list[dict[str, Any]]:
         if options.train_only:
             continue
         for variant in options.variants:
-            pred = generate(model, variant, conditions_of(test, hold_out), train, seed)
+            pred = generate(model, variant, conditions_of(test, hold_out, options.at_least), train, seed)
             if errors is None:
                 errors = standard_errors(hold_out, sides, pred, options.n_boot)
             table = table_of(hold_out, sides, pred, seed=seed)
@@ -269,7 +272,7 @@ def run(hold_out: HoldOut, options: argparse.Namespace) -> list[dict[str, Any]]:
             found = verdicts(summary, errors)
             show(f"\n{hold_out.name}, seed {seed}, {variant}\n{summary.round(3).to_string()}")
             show(found.round(3).to_string())
-            facts = {"hold_out": hold_out.name, "seed": seed, "variant": variant}
+            facts = {"hold_out": hold_out.name, "seed": seed, "variant": variant, "at_least": options.at_least}
             records.append(
                 facts
                 | {"load_average": os.getloadavg()[0]}
@@ -290,6 +293,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="hold-outs whose name contains this")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=["default"])
+    parser.add_argument(
+        "--at-least",
+        type=int,
+        default=1,
+        help="cells to generate of each held-out condition of fewer (of baselines too, where there are enough)",
+    )
     parser.add_argument("--models", type=Path, required=True, help="folder of trained models")
     parser.add_argument("--train-only", action="store_true", help="train what is missing in the folder, no scores")
     parser.add_argument("--n-boot", type=int, default=20)
