@@ -7,6 +7,7 @@
     python -m benchmarks sampling cold --model FOLDER        seconds from a fresh process to the first cell
     python -m benchmarks sampling attention                  written out against the fused kernel, by shape
     python -m benchmarks sampling precision --model FOLDER   fp32 through MKL and oneDNN, and bf16
+    python -m benchmarks sampling compiled --model FOLDER    latents and cells with the flow network compiled
 
 FOLDER is a saved model. Ways take turns in one process and are compared by CPU seconds; one thread.
 """
@@ -37,7 +38,7 @@ from scldm_cd4.config import ROLES
 from scldm_cd4.flow import solve
 from scldm_cd4.flow.solvers import evaluations
 from scldm_cd4.nn import layers
-from scldm_cd4.sampling import Sampler, Sampling, Segment, plan_units
+from scldm_cd4.sampling import Sampler, Sampling, Segment, WorkUnit, plan_units
 
 SOLVERS = [("midpoint", n) for n in (4, 5, 6, 10)] + [("ab2", n) for n in (8, 10, 12, 16)] + [("heun", 6), ("rk4", 3)]
 SHAPES = [(4, 8, 8, 16), (4, 16, 16, 32), (4, 600, 16, 16), (8, 32, 32, 64), (4, 64, 64, 64), (8, 128, 128, 64)]
@@ -307,10 +308,32 @@ def precision(options: argparse.Namespace) -> None:
 PRECISIONS = (("fp32 (MKL)", "fp32", "highest"), ("fp32 (oneDNN)", "fp32", "medium"), ("bf16", "bf16", "highest"))
 
 
+def compiled(options: argparse.Namespace) -> None:
+    """Time latents and whole cells with and without a compiled flow network; print what compiling takes."""
+    model = CD4Model.load(options.model)
+    cells = WorkUnit(0, tuple(segments(model, options.cells)))
+    ways, out, start = {}, {}, time.process_time()
+    for name, compile in (("plain", False), ("compiled", True)):
+        for output in ("latent", "counts"):
+            sampler = sampler_of(model, output=output, compile=compile)
+            ways[f"{output}, {name}"] = partial(sampler.run, cells)
+            out[output, compile] = sampler.run(cells).values
+    start = time.process_time() - start
+    times = cpu_seconds(ways, rounds=options.rounds)
+    z, other = (out["latent", compile] for compile in (False, True))
+    facts = {"relative_difference": float(np.linalg.norm(other - z) / np.linalg.norm(z))}
+    different = abs(out["counts", True] - out["counts", False]).nnz
+    facts |= {"counts_that_differ": different / np.prod(out["counts", False].shape), "first_calls_s": start}
+    for output in ("latent", "counts"):
+        own = {way: t for way, t in times.items() if way.startswith(output)}
+        value = ratio(own, f"{output}, plain", f"{output}, compiled")
+        report(f"flow network compiled, {output}", own, value=value, goal=1.0, per=options.cells, **facts)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = {f.__name__: f for f in (guidance, whole, solvers, memory, cold, attention, precision)}
+    ways = {f.__name__: f for f in (guidance, whole, solvers, memory, cold, attention, precision, compiled)}
     parser.add_argument("what", choices=ways)
     parser.add_argument("--model", type=Path, help="folder of a saved model")
     parser.add_argument("--cells", type=int, default=64, help="cells, of each condition for solvers")

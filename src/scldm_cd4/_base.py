@@ -208,7 +208,8 @@ class ModelBase:
         if options.get("n_steps") is None and (careful or "pretrained" in self._state.record):
             options["n_steps"] = CAREFUL_STEPS
         size = settings.batch_size if batch_size is None else batch_size
-        return Sampling.resolve(self.device, seed=resolve_seed(seed), batch_size=size, **options)
+        options |= {"seed": resolve_seed(seed), "batch_size": size, "compile": settings.compile}
+        return Sampling.resolve(self.device, **options)
 
     def _adata(self, adata: Any) -> Any:
         adata = self.adata if adata is None else as_anndata(adata)

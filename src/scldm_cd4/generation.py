@@ -176,6 +176,7 @@ def provenance(trained: Trained, sampling: Sampling, size_factors: Any) -> dict[
         "guidance_interval": dict(zip(("from", "to"), map(float, sampling.guidance_interval), strict=True)),
         "seed": sampling.seed,
         "precision": sampling.precision,
+        "compiled": sampling.compile,
         "batch_size": sampling.batch_size,
         "device": str(next(trained.dit.parameters()).device),
         "torch_version": str(torch.__version__),

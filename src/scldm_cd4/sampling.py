@@ -8,6 +8,7 @@ vectorised loop, and on a CPU each unit is computed by one thread, as the split 
 their number.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scldm_cd4._compile import compiled, compiler_error
 from scldm_cd4._errors import DataError
 from scldm_cd4._parallel import in_order, one_thread_each
 from scldm_cd4._passes import ALIGN, Passes, pass_rows
@@ -26,6 +28,7 @@ from scldm_cd4.config import ROLES
 from scldm_cd4.data.matrix import MAX_TOTAL
 from scldm_cd4.flow import SOLVERS, conditioned_on, guided, solve
 from scldm_cd4.flow.guidance import EVERYWHERE, Guidance
+from scldm_cd4.flow.path import Velocity
 from scldm_cd4.nn import VAE, DiT
 from scldm_cd4.nn.likelihood import nb_quantile
 from scldm_cd4.noise import BLOCK, count_uniforms, latent_normals, library_uniforms
@@ -56,6 +59,8 @@ class Sampling:
     n_steps: int = N_STEPS
     precision: str = "fp32"
     batch_size: int = CPU_BATCH
+    compile: bool = False
+    """Compile the flow network; velocities differ by rounding."""
 
     @classmethod
     def resolve(
@@ -70,8 +75,9 @@ class Sampling:
         n_steps: int | None = None,
         precision: Any = "auto",
         batch_size: int | None = None,
+        compile: bool = False,
     ) -> "Sampling":
-        """Fill in what is left open and check the rest.
+        """Fill in what is left open and check the rest; warns where nothing can be compiled.
 
         Raises
         ------
@@ -90,7 +96,10 @@ class Sampling:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DataError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         rows = ALIGN * -(-int(size) // ALIGN)
-        return cls(int(seed), output, guidance, guidance_interval, solver, int(n_steps), name, rows)  # type: ignore[arg-type]
+        if compile and (error := compiler_error(device.type)) is not None:
+            compile = False
+            warnings.warn(f"nothing can be compiled here, cells are made without: {error}", UserWarning, stacklevel=4)
+        return cls(int(seed), output, guidance, guidance_interval, solver, int(n_steps), name, rows, compile)  # type: ignore[arg-type]
 
 
 def used_roles(dit: DiT, sampling: Sampling) -> frozenset[str]:
@@ -193,6 +202,7 @@ class Sampler:
         rows = pass_rows(vae.config.latent_tokens, self.device, sampling.batch_size)
         self._passes = Passes(rows, self.device, choose(sampling.precision, self.device))
         self.used = used_roles(dit, sampling)
+        self._network: Velocity = compiled(dit.forward) if sampling.compile else dit
         self.velocity = self.velocity_at(sampling.guidance, sampling.guidance_interval)
         self._code = [{level: i for i, level in enumerate(a.levels)} for a in registry.attributes]
         self._genes = torch.arange(1, vae.n_genes + 1, device=self.device)
@@ -200,7 +210,7 @@ class Sampler:
     def velocity_at(self, guidance: Guidance, interval: tuple[float, float] = EVERYWHERE) -> Any:
         """Return the guided velocity of the network."""
         return guided(
-            self.dit,
+            self._network,
             strategy=self.dit.config.label_dropout,
             guidance=guidance,
             unconditional=self.dit.unconditional,

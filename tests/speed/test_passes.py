@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scldm_cd4 import DataError
+from scldm_cd4 import DataError, settings
 from scldm_cd4._passes import ALIGN, Passes, pass_rows
 from scldm_cd4._precision import Precision, choose, matmul_error, onednn_route
 
@@ -183,6 +183,22 @@ def test_cuda_gives_the_cells_of_the_cpu(trained: Any) -> None:
     assert same < 1e-3
     assert (there["counts"] != again.X).nnz == 0
     assert coarse.uns["scldm_cd4"]["precision"] == "bf16"
+
+
+@cuda
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself, about its own code
+def test_compiled_cuda_gives_the_cells_of_the_cpu(trained: Any) -> None:
+    ask = {"perturbation": "NTC", "n_cells": 70, "seed": 0, "output": "latent"}
+    here = trained.generate(**ask).X
+    try:
+        trained.to_device("cuda")
+        with settings.override(compile=True):
+            there = trained.generate(**ask, precision="fp32")
+    finally:
+        trained.to_device("cpu")
+    assert there.uns["scldm_cd4"]["compiled"]
+    np.testing.assert_allclose(here, there.X, atol=1e-4)
 
 
 @cuda

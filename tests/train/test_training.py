@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scldm_cd4 import _precision as precision_module
+from scldm_cd4._compile import compiler_error
 from scldm_cd4._errors import CheckpointError, DataError, TrainingError
 from scldm_cd4.config import StageConfig
 from scldm_cd4.data.splits import Split
@@ -417,8 +418,8 @@ def test_compiled_steps_see_one_shape_and_give_the_same_loss(job, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself, about its own code
 def test_a_compiled_training_learns_the_same(job):
-    if stage_module.compiler_error("cpu") is not None:
-        pytest.skip(f"torch.compile cannot work here: {stage_module.compiler_error('cpu')}")
+    if compiler_error("cpu") is not None:
+        pytest.skip(f"torch.compile cannot work here: {compiler_error('cpu')}")
     job.split = Split(np.arange(32), np.arange(32, 48), np.arange(0), {})
     _, plain = train(job, max_epochs=3)
     _, compiled = train(job, compile=True, max_epochs=3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from scldm_cd4._compile import compiled
 from scldm_cd4.config import StageConfig
 from scldm_cd4.flow import drop_labels, flow_loss, interpolate, pair
 from scldm_cd4.nn import VAE, DiT
@@ -184,7 +185,7 @@ class VAEPlan(StagePlan):
 
     def compile_step(self) -> None:
         """Compile the decoder; the encoder's input changes its width from batch to batch."""
-        self._decode = torch.compile(self.vae.decode, dynamic=False)
+        self._decode = compiled(self.vae.decode)
 
     @property
     def network(self) -> nn.Module:
@@ -258,7 +259,7 @@ class FlowPlan(StagePlan):
 
     def compile_step(self) -> None:
         """Compile the whole network."""
-        self._velocity = torch.compile(self.dit.forward, dynamic=False)
+        self._velocity = compiled(self.dit.forward)
 
     @property
     def network(self) -> nn.Module:

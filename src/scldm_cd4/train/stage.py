@@ -7,7 +7,6 @@ import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from scldm_cd4._compile import compiler_error
 from scldm_cd4._console import wants_progress
 from scldm_cd4._errors import DataError, TrainingError
 from scldm_cd4._precision import KINDS, choose
@@ -302,17 +302,6 @@ def matmuls(hardware: Hardware) -> AbstractContextManager[None]:
     if device not in ("cpu", "cuda") or str(hardware.precision) not in ("auto", *KINDS):
         return nullcontext()  # a precision of Lightning's own
     return choose(hardware.precision, torch.device(device)).matmuls()
-
-
-@cache
-def compiler_error(device: str) -> str | None:
-    """Return why `torch.compile` cannot work here, such as a missing C++ compiler; None where it can."""
-    try:
-        x = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda v: (2 * v + 1).sum(), dynamic=False)(x).backward()
-    except (RuntimeError, OSError, ImportError) as error:
-        return str(error).strip().partition("\n")[0]
-    return None
 
 
 def without_compiler(hardware: Hardware) -> tuple[Hardware, str | None]:
