@@ -24,8 +24,9 @@ class Settings:
         Where new models compute: ``"auto"`` is CUDA where there is one, else the CPU.
     compile
         Compile the flow network with `torch.compile` to generate and to rank: some ten seconds at the first call of a
-        session, then about 1.3 times as fast on a CPU. Needs a C++ compiler; without one a warning says so. Latents
-        differ from those made without by rounding, and with them a few counts; ``uns`` says how cells were made.
+        session, then 1.1 to 1.2 times as fast on a CPU (latents 1.2 to 1.3). Needs a C++ compiler; without one a
+        warning says so. Latents differ from those made without by rounding, and with them a few counts; ``uns`` says
+        how cells were made.
 
     Examples
     --------

@@ -142,7 +142,11 @@ class State:
             tensors=self.tensors() | self._kept(),
             config={"model": self.config.to_dict(), "parts": [p for p in PARTS if getattr(self, p) is not None]},
             registry=self.registry.to_dict(),
-            history={"epochs": history, "training": self.record},
+            history={
+                "epochs": history,
+                "training": self.record,
+                "split": None if self.split is None else self.split.spec,
+            },
             readme=model_card(
                 self.config, self.registry, self.history, self.record, n_parameters=n_parameters, scores=scores
             ),
@@ -187,7 +191,7 @@ class State:
             vae = state.config.vae
             state.familiarity = Familiarity.from_tensors(kept, vae.latent_tokens * vae.n_channels)
         if PARTS_OF_CELLS in saved.tensors:
-            state.split = Split.saved(saved.tensors[PARTS_OF_CELLS].numpy(), _last_split(record))
+            state.split = Split.saved(saved.tensors[PARTS_OF_CELLS].numpy(), saved.history.get("split"))
         return state
 
     @classmethod
@@ -228,12 +232,6 @@ def _labels(cells: CellData, rows: NDArray[np.int64]) -> NDArray[np.int32]:
     for own, column in zip(codes, cells.labels.T, strict=True):
         own[:] = column[rows]
     return codes.T
-
-
-def _last_split(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts on the split of the training that was last, which the flow is where there is one."""
-    found: dict[str, Any] = next((record[name]["split"] for name in ("flow", "vae") if name in record), {})
-    return found
 
 
 def _moved(network: torch.nn.Module, start: Mapping[str, Tensor]) -> bool:

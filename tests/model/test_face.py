@@ -213,12 +213,15 @@ def test_failure_keeps_a_trained_model_and_says_what_to_try(simulated: Any, quic
     np.testing.assert_array_equal(model.train_indices, train)  # else evaluate would take training cells for held out
 
 
-def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any) -> None:
+def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any, tmp_path: Path) -> None:
     model = CD4Model(simulated, "tiny", **quick)
     bad = {"lr": 1e30, "clip_norm": 0.0, "warmup": 0.0}
     with pytest.raises(TrainingError):
         model.train(seed=1, max_epochs=2, plan_kwargs={"vae": {}, "flow": bad})
     assert np.isfinite(model.get_latent()).all()
+    model.save(tmp_path / "m")
+    loaded = CD4Model.load(tmp_path / "m", simulated)
+    np.testing.assert_array_equal(loaded.validation_indices, model.validation_indices)
 
 
 def test_facts_on_training_are_those_of_the_stage_and_of_the_weights(simulated: Any, quick: Any) -> None:

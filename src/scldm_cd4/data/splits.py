@@ -54,7 +54,7 @@ class Split:
         return out
 
     @classmethod
-    def saved(cls, parts: np.ndarray, spec: dict[str, Any]) -> "Split":
+    def saved(cls, parts: np.ndarray, spec: Any) -> "Split":
         """Build from what a model keeps, `parts` and `spec`.
 
         Raises
