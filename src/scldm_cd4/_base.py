@@ -15,7 +15,7 @@ from scldm_cd4._precision import choose
 from scldm_cd4._settings import settings
 from scldm_cd4._state import State
 from scldm_cd4.config import PRESETS, STAGES, ModelConfig
-from scldm_cd4.data.cells import CellData, identity
+from scldm_cd4.data.cells import CellData, identity, registered
 from scldm_cd4.data.mudata import as_anndata, is_mudata
 from scldm_cd4.data.splits import Split
 from scldm_cd4.generation import Trained
@@ -36,6 +36,7 @@ class ModelBase:
         self.mdata = adata if is_mudata(adata) else None
         self.adata = as_anndata(adata)
         self._state = state
+        state.registry = registered(state.registry, self.adata)
         self._split = self._saved_split()
         self._hash: str | None = None
         self.to_device(device)
@@ -46,6 +47,16 @@ class ModelBase:
         if split is None or self.adata is None:
             return None
         return split if split.spec["cells"] == identity(self.adata, self._state.registry) else None
+
+    def _known_split(self) -> Split | None:
+        """Return the split of the training, or None; raise DataError where cells were changed in place since."""
+        if self._split is not None and self._split.spec["cells"] != identity(self.adata, self._state.registry):
+            raise DataError(
+                "the cells of this model were filtered, reordered, renamed or relabelled in place since training, so "
+                "it is not known which of them it has seen. Save the model and load it with the cells as they were, "
+                "CD4Model.load(folder, adata); evaluate also takes cells as adata= and train="
+            )
+        return self._split
 
     @property
     def registry(self) -> dict[str, Any]:
@@ -91,18 +102,25 @@ class ModelBase:
 
     @property
     def train_indices(self) -> np.ndarray | None:
-        """Rows of the training cells; None before training, and for other cells than were trained on."""
-        return None if self._split is None else self._split.train
+        """Rows of `adata` with the training cells; None before training, or loaded with other cells.
+
+        Of a MuData, they are rows of the modality with the counts: ``model.adata[model.train_indices]``. Where cells
+        were filtered, reordered, renamed or relabelled in place since, this raises DataError.
+        """
+        split = self._known_split()
+        return None if split is None else split.train
 
     @property
     def validation_indices(self) -> np.ndarray | None:
-        """Rows of the validation cells; None where `train_indices` is."""
-        return None if self._split is None else self._split.validation
+        """Rows of `adata` with the validation cells; see `train_indices`."""
+        split = self._known_split()
+        return None if split is None else split.validation
 
     @property
     def test_indices(self) -> np.ndarray | None:
-        """Rows of the cells that training never saw; None where `train_indices` is."""
-        return None if self._split is None else self._split.test
+        """Rows of `adata` with the cells that training never saw; see `train_indices`."""
+        split = self._known_split()
+        return None if split is None else split.test
 
     def to_device(self, device: Any) -> None:
         """Move the model to a device.
@@ -157,7 +175,11 @@ class ModelBase:
 
     def _facts(self) -> dict[str, str]:
         registry, state = self._state.registry, self._state
-        trained = [name for name, net in (("autoencoder", state.vae), ("flow", state.dit)) if net is not None]
+        trained = [
+            STAGES[part] + (" (interrupted)" if state.record.get(part, {}).get("interrupted") else "")
+            for part, network in (("vae", state.vae), ("flow", state.dit))
+            if network is not None
+        ]
         size = sum(p.numel() for net in (state.vae, state.dit) if net is not None for p in net.parameters())
         sizes = [f"{len(a)} {a.role}{'s' if len(a) != 1 else ''}" for a in reversed(registry.attributes)]
         preset = next((name for name, config in PRESETS.items() if config == state.config), "own configuration")
@@ -250,6 +272,15 @@ def resolve_seed(seed: int | None, resume_from: str | Path | None = None) -> int
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed must be a whole number of at least 0, got {seed!r}")
     return int(seed)
+
+
+def recorded_split(resume_from: str | Path | None, cells: CellData) -> Split | None:
+    """Return the split of a training to resume, None where there is none; see `scldm_cd4.train.checkpoint_io`."""
+    if resume_from is None:
+        return None
+    from scldm_cd4.train.checkpoint_io import recorded_split as recorded
+
+    return recorded(resume_from, cells)
 
 
 def train_options(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:

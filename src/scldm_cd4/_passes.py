@@ -26,6 +26,12 @@ def pass_rows(n_tokens: int, device: torch.device, batch_size: int) -> int:
     return min(batch_size, max(ALIGN, CPU_TOKENS // n_tokens // ALIGN * ALIGN))
 
 
+def chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """Positions 0 to n - 1, `size` at a time."""
+    for start in range(0, n, size):
+        yield np.arange(start, min(n, start + size))
+
+
 class Passes:
     """Computes rows in passes of constant shape; where the memory of a device does not hold one, in smaller ones.
 

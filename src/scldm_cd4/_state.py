@@ -1,6 +1,7 @@
 """What a model is made of: configuration, registry, networks, history; trained, written and read here."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,44 +53,55 @@ class State:
     def train(self, cells: CellData, split: Split, *, seed: int, stage: str, **options: Any) -> "TrainResult":
         """Train stages on fresh networks, which replace the old ones; see `scldm_cd4.CD4Model.train`.
 
-        After a TrainingError, a model that could generate is as it was before; one that could not has the last good
-        weights of the stages that made some steps.
+        After an exception, a model that could generate is as it was before. One that could not has the last good
+        weights of the stages that made some steps; an autoencoder that it had stays where the new one did not end. An
+        interrupt keeps the weights of the moment, but for a model that could generate where the new autoencoder did not
+        end.
         """
-        from scldm_cd4.train.runner import fit
+        from scldm_cd4.train.runner import TrainResult, fit
 
         vae = self.vae if stage == "flow" and self.vae is not None else self._new_vae(seed)
         start = {k: v.clone() for k, v in vae.state_dict().items()}
         made: list[DiT] = []
         registry = self.registry.with_training(_labels(cells, split.train), library_sizes(cells, split.train))
+        result = TrainResult()
 
         def new_dit() -> DiT:
             made.append(self._new_dit())
             return made[-1]
 
-        try:
-            result = fit(vae, new_dit, cells, split, self.config, seed=seed, stage=stage, **options)  # type: ignore[arg-type]
-        except TrainingError:
-            if self.dit is None:
-                self._take_what_is_good(vae, start, made, registry, split)
-            raise
-        if stage in ("both", "vae"):
-            self.dit, self.history, self.record = None, {}, {}
-        self.vae, self.registry, self.split = vae.eval(), registry, split
-        self.dit = result.dit.eval() if result.dit is not None else self.dit
-        if stage in ("both", "vae"):
-            self.familiarity = Familiarity.fit(self.vae, cells, split, seed)
-        self.history |= result.history
-        self.record.pop("reliability", None)
-        self._remember(result, split)
-        return result
-
-    def _take_what_is_good(
-        self, vae: VAE, start: Mapping[str, Tensor], made: list[DiT], registry: Registry, split: Split
-    ) -> None:
-        if made and any(p.abs().max() > 0 for p in made[-1].final_layer.parameters()):  # it starts at zero
-            self.dit = made[-1].eval()
-        if self.dit is not None or _moved(vae, start):
+        def take(dit: DiT | None, *, ended: bool) -> None:
+            if vae is not self.vae:
+                self.dit, self.history, self.record = None, {}, {}
+                self.familiarity = Familiarity.fit(vae.eval(), cells, split, seed) if ended else None
             self.vae, self.registry, self.split = vae.eval(), registry, split
+            self.dit = self.dit if dit is None else dit.eval()
+            self.history |= result.history
+            self.record.pop("reliability", None)
+            self._remember(result, split)
+
+        try:
+            fit(vae, new_dit, cells, split, self.config, seed=seed, stage=stage, result=result, **options)  # type: ignore[arg-type]
+        except BaseException as error:
+            ended = vae is self.vae or "vae" in result.trained
+            if self.dit is None and (self.vae is None or ended):
+                good = made if isinstance(error, TrainingError) else []  # which puts back the last good weights
+                dit = next((dit for dit in good if any(p.abs().max() > 0 for p in dit.final_layer.parameters())), None)
+                if dit is not None or _moved(vae, start):
+                    take(dit, ended=ended)
+            raise
+        kept = result.interrupted and result.dit is None and self.dit is not None
+        if not kept:
+            take(result.dit, ended=True)
+        if result.interrupted:
+            what = "is as it was before" if kept else "holds the weights of that moment"
+            warnings.warn(
+                f"the training was interrupted and the model {what}: train(resume_from=...) goes on where "
+                "checkpoint_dir= was given",
+                UserWarning,
+                stacklevel=3,
+            )
+        return result
 
     def _new_vae(self, seed: int) -> VAE:
         with isolated_rng(seed):

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._passes import chunks
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.engines import Engine, on_device
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import CellEncoder, chunks, encode_rows, inference_batch_size
+from scldm_cd4.train.latents import CellEncoder, encode_rows, inference_batch_size
 from scldm_cd4.train.loaders import Batch, CountBatches
 
 PART = 16_384

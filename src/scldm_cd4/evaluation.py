@@ -1,6 +1,6 @@
 """Generated cells of a model scored against real cells that it has not seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from scldm_cd4 import metrics
 from scldm_cd4._errors import DataError
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
+from scldm_cd4.ranking.effects import target_genes
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import role_columns
 
@@ -45,19 +46,22 @@ def evaluate(
     seed
         Of the generated cells and of all draws of the scores.
     options
-        Other keywords of `scldm_cd4.metrics.evaluate`.
+        Other keywords of `scldm_cd4.metrics.evaluate`. In ``target_genes``, a perturbation that is not given has the
+        gene that carries its name, as identifier or in a string column of ``var``.
 
     Returns
     -------
     The table of `scldm_cd4.metrics.evaluate`. Without training cells there are no baselines. Conditions with a label
-    that the model was not trained on are left out, and named in ``attrs["not_generated"]``.
+    that the model was not trained on are left out, and named in ``attrs["not_generated"]``; all are generated where
+    the numbers of training cells are not known, as in an imported checkpoint.
 
     Raises
     ------
     NotTrainedError
         A stage is not trained.
     DataError
-        There are no held-out cells, no control was declared, or the cells cannot be used.
+        There are no held-out cells, no control was declared, the cells of the model were changed in place since
+        training, or the cells cannot be used.
 
     Examples
     --------
@@ -69,11 +73,12 @@ def evaluate(
     registry: Registry = self._trained().registry
     if registry.control is None:
         raise DataError("no control was declared, so effects cannot be scored: setup_anndata(..., control=...)")
-    own = None if self.adata is None or self.train_indices is None else CellData.from_adata(self.adata, registry)
+    split: Any = self._known_split() if adata is None or train is None else None
+    own = None if split is None else CellData.from_adata(self.adata, registry)
     if train is not None:
         train = _all_cells(train, registry)
     elif own is not None:
-        train = _as_adata(own, np.asarray(self.train_indices))
+        train = _as_adata(own, split.train)
     if adata is not None:
         real = _all_cells(adata, registry)
     else:
@@ -83,13 +88,15 @@ def evaluate(
                 "CD4Model.load(folder, adata) with these, in the same order, or pass adata= with real cells that it "
                 "has not seen, and train= with those that it was trained on, for baselines"
             )
-        held = self.test_indices if len(self.test_indices) else self.validation_indices
+        held = split.test if len(split.test) else split.validation
         if not len(held):
             raise DataError("the training split held out no cells: pass adata= with real cells that it has not seen")
-        real = _as_adata(own, np.asarray(held))
+        real = _as_adata(own, held)
     keys = role_columns(registry)
     conditions, left_out = _conditions(real, registry, keys, n_cells)
     pred = self.generate(conditions=conditions, **{**(generate or {}), "seed": sampling_seed})
+    named = _targets(registry, conditions[keys["perturbation"]].unique())
+    options["target_genes"] = named | dict(options.get("target_genes") or {})
     if baselines is not None:
         options["baselines"] = baselines
     table: pd.DataFrame = metrics.evaluate(
@@ -139,13 +146,20 @@ def _conditions(
     if not len(table):
         raise DataError(f"the real cells are all controls ({registry.control!r}): there is no effect to score")
     unknown = np.zeros(len(table), dtype=bool)
-    for role, column in keys.items():
-        unknown |= table[column].isin(registry.untrained(role)).to_numpy(dtype=bool)
+    if registry.train_counts:  # else not known which labels were trained
+        for role, column in keys.items():
+            unknown |= table[column].isin(registry.untrained(role)).to_numpy(dtype=bool)
     if unknown.all():
         raise DataError("none of the real conditions can be generated: a label of each has no training cells")
     if n_cells is not None:
         table = table.assign(n_cells=n_cells)
     return table[~unknown].reset_index(drop=True), table.loc[unknown, columns].reset_index(drop=True)
+
+
+def _targets(registry: Registry, names: Iterable[str]) -> dict[str, str]:
+    """Give the gene that carries the name of each perturbation, where there is one."""
+    found = {name: np.flatnonzero(target_genes(registry, name)) for name in names}
+    return {name: registry.genes[hits[0]] for name, hits in found.items() if len(hits)}
 
 
 def _marked(real: Any, conditions: pd.DataFrame, keys: Mapping[str, str]) -> np.ndarray:

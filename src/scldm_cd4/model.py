@@ -6,7 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from scldm_cd4._base import random_shares, refuse_extended, resolve_seed, train_options, warn_without_control
+from scldm_cd4._base import (
+    random_shares,
+    recorded_split,
+    refuse_extended,
+    resolve_seed,
+    train_options,
+    warn_without_control,
+)
 from scldm_cd4._encoding import EncodingMethods
 from scldm_cd4._errors import DataError
 from scldm_cd4._query import QueryMethods
@@ -98,7 +105,8 @@ class CD4Model(EncodingMethods, QueryMethods):
         split
             Which cells are held out, see `scldm_cd4.data.splits.make_split`; None holds out a random share
             `validation_size` of every condition, for validation. For ``stage="flow"`` None keeps the split of an
-            autoencoder, also of one that was saved and loaded with the same cells.
+            autoencoder, also of one that was saved and loaded with the same cells; with `resume_from`, that of the
+            training resumed.
         train_size, validation_size
             Shares of the cells for a random split (`train_size` instead of `split`); what is left is for test.
         plan_kwargs
@@ -120,13 +128,20 @@ class CD4Model(EncodingMethods, QueryMethods):
         Raises
         ------
         DataError
-            The model has no cells, or an argument is not possible.
+            The model has no cells, an argument is not possible, or the training to resume had other cells or parts.
         NotTrainedError
             ``stage="flow"`` without a trained autoencoder.
         TrainingError
-            A loss became infinite or not a number. The model keeps the last good weights.
+            A loss became infinite or not a number. A model that could generate is as before; another keeps the last
+            good weights, those of an earlier autoencoder where the new one did not end.
         CheckpointError
             `resume_from` has no usable training state.
+
+        Notes
+        -----
+        An interrupt (Ctrl-C, the stop button of a notebook) ends the stage after the step in hand, with a warning. The
+        model keeps the weights of that moment, no further stage begins, and `training_` says ``interrupted``. A model
+        that could generate stays as it was where its new autoencoder did not end.
 
         Examples
         --------
@@ -144,9 +159,9 @@ class CD4Model(EncodingMethods, QueryMethods):
             split = random_shares(split, train_size, validation_size)
         cells = CellData.from_adata(self._adata(None), self._state.registry)
         warn_without_control(self._state.registry)
-        before, known = self._state.registry, self._split if stage == "flow" else None
-        if known is not None and split is None and validation_size == VALIDATION:
-            parts = known
+        before, known = self._state.registry, self._known_split() if stage == "flow" else None
+        if split is None and validation_size == VALIDATION and (kept := recorded_split(resume_from, cells) or known):
+            parts = kept
         else:
             parts = make_split(cells, split, validation=validation_size, seed=seed)
         if known is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -126,6 +127,22 @@ class Attribute:
         return f"{label!r} is not among the {len(self.levels)} {self.role} levels that the model knows{where}.{hint}"
 
 
+class Registration:
+    """The cells that a model has, and how they were declared when it took them; a copy of it knows no cells."""
+
+    def __init__(self, adata: Any = None, keys: Mapping[str, str | None] | None = None) -> None:
+        self._adata = None if adata is None else ref(adata)
+        self.keys = dict(keys or {})
+
+    def holds(self, adata: Any) -> bool:
+        """Return whether these are the cells, or a view of them."""
+        own = None if self._adata is None else self._adata()
+        return own is not None and (adata is own or (adata.is_view and adata._adata_ref is own))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Registration, ()
+
+
 @dataclass(frozen=True)
 class Registry:
     """Genes, vocabularies and training evidence of a model; all that generation needs beside the weights."""
@@ -148,6 +165,8 @@ class Registry:
     """Training cells: perturbation -> donor -> time point -> number; absent means none."""
     extended: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Levels by role that were added to the trained model, see `scldm_cd4.extension`; they may lack cells."""
+    own: Registration = field(default_factory=Registration, compare=False, repr=False)
+    """The model's cells, which keep their declaration; not saved."""
 
     def __post_init__(self) -> None:
         _check_names(self.genes, "the genes")
@@ -307,7 +326,7 @@ class Registry:
 
 
 def _parse(cls: type[Registry], values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
+    names = {f.name for f in fields(cls)} - {"own"}
     if set(values) | {"extended"} != names:
         raise ValueError(f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
     out = dict(values)

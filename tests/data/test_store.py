@@ -154,6 +154,29 @@ def test_compressed_files_say_that_they_are_slow(tmp_path):
     assert slow.X.block >= fast.X.block > 1
 
 
+def test_some_cells_are_taken(tmp_path):
+    whole = make()
+    whole.obs.loc["d-cell7", "guide"] = "NTC"
+    store, rows = open_cells(write(whole, tmp_path / "a.h5ad")), np.array([50, 3, 7, 8, 31])
+    for cells in (store, whole):
+        setup_anndata(cells, **KEYS, size_factor_key="depth")
+    expected = CellData.from_adata(whole[rows].copy())
+    view = whole[::-1]
+    for cells, own in ((store, rows), (whole, rows), (view, 59 - rows)):
+        found = CellData.from_adata(cells, expected.registry, rows=own)
+        assert found.n_cells == 5
+        assert list(found.obs_names) == list(expected.obs_names)
+        assert found.identity == expected.identity
+        assert (found.counts(np.array([4, 0, 1])) != expected.counts(np.array([4, 0, 1]))).nnz == 0
+        for name in ("labels", "totals", "library"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    with pytest.raises(DataError, match="no cells"):
+        CellData.from_adata(store, rows=rows[:0])
+    store.obs["guide"] = "unknown"
+    store.obs.loc[rows, "guide"] = "NTC"
+    assert CellData.from_adata(store, expected.registry, rows=rows).n_cells == 5
+
+
 def test_cells_of_files_are_read_into_memory(tmp_path):
     parts = [make(40, donor="a"), make(30, donor="b", seed=1)]
     store = open_cells([write(part, tmp_path / f"{i}.h5ad") for i, part in enumerate(parts)])

@@ -1,5 +1,7 @@
 """`CD4Model.evaluate`: held-out conditions generated and scored."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,21 @@ def test_given_cells_and_options(trained, simulated):
     assert (found["n_pred"].dropna() == 30).all()
     assert "baseline_two_way" in found
     assert "baseline_control" not in found
+
+
+def test_targets_are_found_by_symbol_where_genes_go_by_identifier(simulated, quick, table):
+    adata = simulated.copy()
+    adata.var["gene_symbol"], adata.var_names = adata.var_names, adata.var["gene_id"]
+    keys = {"perturbation_key": "perturbation", "donor_key": "donor_id", "timepoint_key": "timepoint"}
+    CD4Model.setup_anndata(adata, **keys, control="NTC")
+    model = CD4Model(adata, "tiny", **quick)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The decoder makes little use")
+        model.train(seed=0, split={"conditions": [{"perturbation": "GATA3", "donor_id": "CE0008162"}]})
+    found = model.evaluate(seed=1, **QUICK)
+    assert found.attrs["targets_left_out"] == table.attrs["targets_left_out"] == 2
+    assert found.equals(table)
+    assert model.evaluate(seed=1, target_genes={"GATA3": None}, **QUICK).attrs["targets_left_out"] == 0
 
 
 def test_a_model_loaded_without_cells_has_no_training_cells(trained, simulated, tmp_path):

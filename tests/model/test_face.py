@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 import scldm_cd4
 from scldm_cd4 import (
@@ -224,16 +225,96 @@ def test_failure_in_the_flow_keeps_the_autoencoder(simulated: Any, quick: Any, t
     np.testing.assert_array_equal(loaded.validation_indices, model.validation_indices)
 
 
-def test_facts_on_training_are_those_of_the_stage_and_of_the_weights(simulated: Any, quick: Any) -> None:
+def stopper(plan: str, what: type[BaseException]) -> Any:
+    """A callback that raises after the first step of a stage."""
     from lightning.pytorch import Callback
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
-            if type(module).__name__ == "FlowPlan":
-                raise KeyboardInterrupt
+            if type(module).__name__ == plan:
+                raise what
 
+    return Stop()
+
+
+def test_a_retraining_that_does_not_end_leaves_the_model_as_it_was(simulated: Any, quick: Any) -> None:
     model = CD4Model(simulated, "tiny", **quick)
-    model.train(seed=0, max_epochs=1, callbacks=[Stop()])
+    bad = {"lr": 1e30, "clip_norm": 0.0, "warmup": 0.0}
+    model.train(seed=0, max_epochs=2, stage="vae", split=0.2)
+    latents, facts, distance = model.get_latent(), model.training_, model.query_distance()
+    with pytest.raises(TrainingError):
+        model.train(seed=1, max_epochs=2, plan_kwargs=bad)
+    np.testing.assert_array_equal(model.get_latent(), latents)
+    pd.testing.assert_frame_equal(model.query_distance(), distance)
+    assert (model.training_, list(model.history)) == (facts, ["vae"])
+    model.train(seed=0, max_epochs=1, stage="flow")
+    cells = model.generate("GATA3", n_cells=3, seed=0).X.toarray()
+    with pytest.warns(UserWarning, match="interrupted and the model is as it was before"):
+        model.train(seed=1, max_epochs=1, callbacks=[stopper("VAEPlan", KeyboardInterrupt)])
+    np.testing.assert_array_equal(model.generate("GATA3", n_cells=3, seed=0).X.toarray(), cells)
+
+
+def test_a_new_autoencoder_whose_flow_failed_is_told_of_whole(simulated: Any, quick: Any) -> None:
+    model, alone = (CD4Model(simulated, "tiny", **quick) for _ in range(2))
+    model.train(seed=0, max_epochs=1, stage="vae")
+    with pytest.raises(RuntimeError, match="no memory for the flow"):
+        model.train(seed=1, max_epochs=2, callbacks=[stopper("FlowPlan", NoMemory)])
+    alone.train(seed=1, max_epochs=2, stage="vae")
+    assert not model.is_trained
+    assert len(model.history["vae"]) == 2
+    assert model.training_["vae"]["seed"] == 1
+    np.testing.assert_array_equal(model.get_latent(), alone.get_latent())
+    pd.testing.assert_frame_equal(model.query_distance(), alone.query_distance())
+
+
+class NoMemory(RuntimeError):
+    """Any error that is no TrainingError."""
+
+    def __init__(self) -> None:
+        super().__init__("no memory for the flow")
+
+
+def test_a_training_is_resumed_with_its_split_and_its_cells(simulated: Any, quick: Any, tmp_path: Path) -> None:
+    held = {"hold_out": {"perturbation": ["GATA3"]}}
+    first = CD4Model(simulated, "tiny", **quick)
+    with pytest.warns(UserWarning, match="no training cell is left"):
+        first.train(seed=0, max_epochs=1, stage="vae", split=held, checkpoint_dir=tmp_path / "state")
+    other = simulated[::-1].copy()
+    for adata, split, wrong in ((simulated, 0.2, "held out other cells"), (other, None, "was on other cells")):
+        with pytest.raises(DataError, match=wrong):
+            CD4Model(adata, "tiny", **quick).train(max_epochs=1, split=split, resume_from=tmp_path / "state")
+    fewer = simulated[:, :-1].copy()
+    with pytest.raises(DataError, match="was on other genes"):
+        CD4Model(fewer, "tiny", **quick).train(max_epochs=1, resume_from=tmp_path / "state")
+    resumed = CD4Model(simulated, "tiny", **quick)
+    resumed.train(max_epochs=1, resume_from=tmp_path / "state")
+    np.testing.assert_array_equal(resumed.test_indices, first.test_indices)
+    assert resumed.training_["flow"]["split"]["hold_out"] == {"perturbation": ["GATA3"]}
+
+
+def test_validation_cells_leave_no_trace_in_what_is_generated(simulated: Any, quick: Any) -> None:
+    rows = np.flatnonzero((simulated.obs["perturbation"] == "GATA3") & (simulated.obs["donor_id"] == "CE0008162"))
+    split = np.full(simulated.n_obs, "train", dtype=object)
+    split[rows] = "validation"
+    changed = simulated.copy()
+    counts = changed.X.toarray()
+    counts[rows, 5] += 200
+    changed.X = sparse.csr_matrix(counts)
+    found = []
+    for adata in (simulated, changed):
+        model = CD4Model(adata, "tiny", **quick)
+        model.train(
+            seed=0, max_epochs=1, split=split, early_stopping=False, plan_kwargs={"vae": {"refit_theta": False}}
+        )
+        found.append(model.generate("GATA3", n_cells=5, output="mean", seed=0).X)
+    np.testing.assert_array_equal(*found)
+
+
+def test_facts_on_training_are_those_of_the_stage_and_of_the_weights(simulated: Any, quick: Any) -> None:
+    model = CD4Model(simulated, "tiny", **quick)
+    with pytest.warns(UserWarning, match="interrupted and the model holds the weights of that moment"):
+        model.train(seed=0, max_epochs=1, callbacks=[stopper("FlowPlan", KeyboardInterrupt)])
+    assert "autoencoder and flow (interrupted)" in repr(model)
     assert {name: facts["interrupted"] for name, facts in model.training_.items()} == {"vae": False, "flow": True}
     model.train(seed=0, max_epochs=1, stage="vae")
     assert list(model.history) == list(model.training_) == ["vae"]

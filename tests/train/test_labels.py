@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -10,8 +11,15 @@ from scldm_cd4 import CD4Model, datasets
 from scldm_cd4.config import FlowConfig, VAEConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE, DiT
+from scldm_cd4.train import labels as settling
 from scldm_cd4.train.effects import label_effects, set_label_effects
-from scldm_cd4.train.labels import fit_to_generated, settle_labels, shrink_embeddings, told_shares
+from scldm_cd4.train.labels import (
+    fit_to_generated,
+    settle_labels,
+    shrink_embeddings,
+    told_shares,
+    toward_mean_context,
+)
 from scldm_cd4.train.latents import decode_means
 
 SHAPE = (2, 1, 8)
@@ -154,3 +162,54 @@ def test_effects_that_latents_do_not_tell_are_shrunk_gene_by_gene() -> None:
     fitted, shrunk = (np.sqrt(np.mean(np.square(effects[rest]))) for effects in found)
     assert shrunk < 0.85 * fitted
     assert found[1].min(axis=1).max() < -1.2  # knocked down by 70 %
+
+
+def contexts(ratio: NDArray[np.float64], n_genes: int = 2_000, seed: int = 0) -> dict[str, Any]:
+    """Counts of one perturbation in contexts of 50 to 800 cells that differ in the expression of genes."""
+    rng, n_cells = np.random.default_rng(seed), np.array([50, 100, 200, 400, 800])
+    rate = rng.gamma(1.0, 1.0, (5, n_genes))
+    expected = rate * n_cells[:, None]
+    dispersion = np.full(n_genes, 0.3)
+    cells = rng.gamma(n_cells[:, None] / 0.3, 0.3 / n_cells[:, None], expected.shape)  # the mean of as many cells
+    observed = rng.poisson(expected * np.exp(ratio) * cells).astype(float)
+    return {"observed": observed, "expected": expected, "n_cells": n_cells, "dispersion": dispersion}
+
+
+def test_where_contexts_do_not_differ_their_sum_stays() -> None:
+    given = contexts(np.full((5, 1), -0.7))
+    shift = toward_mean_context(**given, level=np.zeros(5, dtype=np.int64))
+    assert shift.shape == (1, 2_000)
+    assert np.abs(np.median(shift)) < 0.005
+    assert np.mean(np.abs(shift)) < 0.03
+
+
+def test_where_contexts_differ_the_fit_moves_to_their_mean() -> None:
+    ratio = np.random.default_rng(1).normal(0.5, 0.8, (5, 2_000))
+    given = contexts(ratio)
+    summed = np.log(given["observed"].sum(axis=0) / given["expected"].sum(axis=0))
+    moved = summed + toward_mean_context(**given, level=np.zeros(5, dtype=np.int64))[0]
+    before, after = (float(np.mean(np.square(fit - ratio.mean(axis=0)))) for fit in (summed, moved))
+    assert after < 0.4 * before
+
+
+def test_contexts_of_other_levels_and_single_ones_play_no_part() -> None:
+    given = contexts(np.random.default_rng(1).normal(0.5, 0.8, (5, 2_000)))
+    alone = toward_mean_context(
+        **{k: v[:3] if k != "dispersion" else v for k, v in given.items()}, level=np.zeros(3, dtype=np.int64)
+    )
+    both = toward_mean_context(**given, level=np.array([0, 0, 0, 1, 2]))
+    np.testing.assert_allclose(both[:1], alone)
+    np.testing.assert_allclose(both[1:], 0, atol=1e-6)
+
+
+def test_perturbations_are_fitted_alike_some_at_a_time_or_all_at_once(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = CellData.from_adata(simulated)
+    found = []
+    for most in (settling.MOST_SUMS, 2 * cells.n_genes):
+        monkeypatch.setattr(settling, "MOST_SUMS", most)
+        vae, dit = networks(cells)
+        fit_to_generated(vae, dit, cells, np.arange(cells.n_cells), np.full(4, 0.5), seed=1)
+        found.append(label_effects(vae)[2])
+    np.testing.assert_allclose(*found, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from scldm_cd4.data.setup import (
     refuse_empty_cells,
     require_anndata,
 )
-from scldm_cd4.registry import Registry
+from scldm_cd4.registry import Registration, Registry
 
 MAX_MISSING = 0.5
 """The largest share of the model's genes that may be absent with ``allow_missing=True``."""
@@ -77,7 +77,7 @@ class CellData:
     report
         How the genes fit together.
     obs
-        The table of cells as it was given.
+        The table of these cells as it was given.
     """
 
     def __init__(
@@ -91,9 +91,10 @@ class CellData:
         report: AlignmentReport,
         obs: Any,
         named: Any = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self._reader = reader
-        self._named = named
+        self._named, self._rows = named, rows  # what has the names, and which of them
         self._target = target  # (genes of the data,): gene of the model, -1 for none
         self.registry = registry
         self.labels = labels
@@ -105,19 +106,28 @@ class CellData:
 
     @classmethod
     def from_adata(
-        cls, adata: Any, registry: Registry | None = None, *, labels: bool = True, allow_missing: bool = False
+        cls,
+        adata: Any,
+        registry: Registry | None = None,
+        *,
+        rows: np.ndarray | None = None,
+        labels: bool = True,
+        allow_missing: bool = False,
     ) -> "CellData":
         """Check cells and align them to a model.
 
-        Columns and layer are those that `setup_anndata` declared for `adata`; where it was not called, those of
-        `registry`, and ``X`` where the model's layer is absent (as in generated cells).
+        Columns and layer are those that `setup_anndata` declared for `adata`, for the model's own cells before it took
+        them; where it was not called, those of `registry`, and ``X`` where the model's layer is absent (as in generated
+        cells).
 
         Parameters
         ----------
         adata
-            The cells; in memory, a view, or backed.
+            The cells; in memory, a view, backed, or from `open_cells`.
         registry
             The model's; None to take it from `adata`, declared by `setup_anndata`.
+        rows
+            Numbers of the cells to take; None takes all. The counts and labels of others are not looked at.
         labels
             Read the labels, which must all be known to `registry`. Without, `labels` is None.
         allow_missing
@@ -135,21 +145,23 @@ class CellData:
         """
         adata = as_anndata(adata)
         require_anndata(adata)
-        if adata.n_obs == 0:
+        obs = adata.obs if rows is None else adata.obs.iloc[rows]
+        if not len(obs):
             raise DataError("the AnnData has no cells")
         registry = registry or fit_registry(adata)
         keys = _keys(adata, registry)
         target, report = _align(adata, registry, keys["gene_id_key"], allow_missing)
-        codes = _labels(adata.obs, registry, keys) if labels else None
+        codes = _labels(obs, registry, keys) if labels else None
         cells = cls(
-            RowReader(adata, keys["layer"]),
+            RowReader(adata, keys["layer"], rows),
             registry,
             target,
             labels=codes,
-            library=np.empty(adata.n_obs),
+            library=np.empty(len(obs)),
             report=report,
-            obs=adata.obs,
+            obs=obs,
             named=adata,
+            rows=rows,
         )
         cells._fill_library(adata, keys)
         if report.n_missing:
@@ -179,7 +191,8 @@ class CellData:
     @property
     def obs_names(self) -> Any:
         """The names of the cells, a pandas Index."""
-        return self.obs.index if self._named is None else self._named.obs_names
+        names = self.obs.index if self._named is None else self._named.obs_names
+        return names if self._rows is None else names[self._rows]
 
     @property
     def identity(self) -> str:
@@ -230,7 +243,7 @@ class CellData:
                 raise DataError(f"{error}{counts_hint(adata, keys['layer'])}") from None
         refuse_empty_cells(self.totals, where)
         if keys["size_factor_key"] is not None:
-            self.library = read_library(adata.obs, keys["size_factor_key"])
+            self.library = read_library(self.obs, keys["size_factor_key"])
 
     def _select(self, block: Any) -> Any:
         out = self._to_model(block)
@@ -244,6 +257,12 @@ class CellData:
         """Return a block of the reader with the model's genes as columns."""
         same = len(self._target) == self.n_genes and np.array_equal(self._target, np.arange(self.n_genes))
         return place_columns(block, None if same else self._target, self.n_genes)
+
+
+def registered(registry: Registry, adata: Any) -> Registry:
+    """Return a copy that keeps the present declaration of a model's cells, whatever is declared for them later."""
+    is_declared = adata is not None and SETUP_KEY in adata.uns
+    return replace(registry, own=Registration(adata, _keys(adata, registry)) if is_declared else Registration())
 
 
 def identity(adata: Any, registry: Registry) -> str | None:
@@ -265,6 +284,8 @@ def _hash(names: Any, labels: np.ndarray | None) -> str:
 
 def _keys(adata: Any, registry: Registry) -> dict[str, str | None]:
     """Return the declared keys of the data, else those of the model."""
+    if registry.own.holds(adata):
+        return registry.own.keys
     own = {f"{role}_key": attribute.column for role, attribute in zip(ROLES, registry.attributes, strict=True)}
     own |= {name: getattr(registry, name) for name in ("layer", "size_factor_key", "gene_id_key")}
     if SETUP_KEY not in adata.uns:
@@ -304,8 +325,11 @@ def _align(
             remedy = (
                 f" At most {MAX_MISSING:.0%} may be missing; give data with more of the model's genes."
                 if len(missing) > MAX_MISSING * registry.n_genes
-                else " Pass allow_missing=True to leave them out of the encoder's input."
+                else " Pass allow_missing=True to leave them out of the encoder's input, where a method takes it, as "
+                "get_latent does; all others need all genes of the model."
             )
+        elif registry.own.holds(adata):
+            remedy += " Then load the model with these cells again: it keeps the declaration that they had."
         raise GeneMismatchError(f"{report}{remedy}")
     return target, report
 

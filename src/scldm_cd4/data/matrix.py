@@ -21,19 +21,21 @@ class RowReader:
     """Rows of ``X`` or of a layer as sparse blocks: dense, CSR, CSC, in memory, a view or in files.
 
     Blocks are CSR with the columns of the AnnData, sorted, without explicit zeros, duplicates summed; float32 where it
-    is stored so, else float64. Of matrices in files only the rows asked for are read (all of a CSC matrix).
+    is stored so, else float64. Of matrices in files only the rows asked for are read (all of a CSC matrix). Cells are
+    those of the AnnData, or `rows` of it.
     """
 
-    def __init__(self, adata: Any, layer: str | None = None) -> None:
+    def __init__(self, adata: Any, layer: str | None = None, rows: np.ndarray | None = None) -> None:
         self.where = "X" if layer is None else f"layers[{layer!r}]"
-        self.shape: tuple[int, int] = adata.shape
+        self.shape: tuple[int, int] = (adata.n_obs if rows is None else len(rows), adata.n_vars)
         if layer is not None and layer not in adata.layers:
             raise DataError(f"there is no layer {layer!r}.{suggestion(layer, adata.layers.keys(), 'layers are')}")
-        self._rows: np.ndarray | None = None
+        self._rows = rows
         self._columns: np.ndarray | None = None
         if adata.is_view:  # its X would be copied as a whole, from the file if backed: read rows of the parent
             parent = adata._adata_ref
-            self._rows, self._columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
+            own, self._columns = np.arange(parent.n_obs)[adata._oidx], np.arange(parent.n_vars)[adata._vidx]
+            self._rows = own if rows is None else own[rows]
             adata = parent
         self._width: int = adata.n_vars
         self.source: RowSource = row_source(adata.X if layer is None else adata.layers[layer], self.where)
@@ -150,7 +152,8 @@ def counts_hint(adata: Any, layer: str | None) -> str:
         return f" Raw counts seem to be in {' and '.join(found)}."
     if adata.raw is not None:
         return (
-            " Raw counts may be in adata.raw: adata.layers['counts'] = adata.raw[:, adata.var_names].X, layer='counts'."
+            " Raw counts may be in adata.raw: set adata.layers['counts'] = adata.raw[:, adata.var_names].X and name "
+            "this layer with layer='counts'."
         )
     return " The values look normalised; give the matrix as it was before normalisation and log."
 

@@ -39,8 +39,11 @@ def setup_anndata(
 
     Every value of the count matrix is looked at, in a stream. Labels of any dtype are read as strings: whole numbers as
     their digits (``1`` and ``1.0`` give ``"1"``), truth values as ``"True"`` and ``"False"``, dates as
-    ``"2024-05-01"``; levels are sorted. Generated cells have labels of the kind of the column: strings, whole numbers,
-    floats or truth values.
+    ``"2024-05-01"``. Levels are sorted, those of an ordered categorical in its order. Generated cells have labels of
+    the kind of the column: strings, whole numbers, floats or truth values.
+
+    A model keeps the declaration that its cells had when it was built or loaded; a later call changes it for later
+    models alone.
 
     Parameters
     ----------
@@ -83,7 +86,7 @@ def setup_anndata(
     attributes = read_attributes(adata.obs, keys)
     if control is not None:
         control = as_label(control)
-        levels = attributes["perturbation"][1].levels
+        levels = attributes["perturbation"].levels
         if control not in levels:
             hint = suggestion(control, levels, f"labels in obs[{perturbation_key!r}] are")
             raise DataError(f"control={control!r} does not occur in obs[{perturbation_key!r}].{hint}")
@@ -145,7 +148,7 @@ def fit_registry(adata: Any) -> Registry:
     """
     declared = read_declaration(adata)
     attributes = read_attributes(adata.obs, {role: declared[f"{role}_key"] for role in ROLES})
-    control, levels = declared["control"], attributes["perturbation"][1].levels
+    control, levels = declared["control"], attributes["perturbation"].levels
     if control is not None and control not in levels:
         raise DataError(
             f"the declared control {control!r} does not occur in obs[{declared['perturbation_key']!r}] any more: the "
@@ -153,9 +156,9 @@ def fit_registry(adata: Any) -> Registry:
         )
     return Registry(
         genes=tuple(gene_ids(adata, declared["gene_id_key"])),
-        donor=attributes["donor"][1],
-        timepoint=attributes["timepoint"][1],
-        perturbation=attributes["perturbation"][1],
+        donor=attributes["donor"],
+        timepoint=attributes["timepoint"],
+        perturbation=attributes["perturbation"],
         control=control,
         var=_string_columns(adata),
         gene_id_key=declared["gene_id_key"],
@@ -164,8 +167,8 @@ def fit_registry(adata: Any) -> Registry:
     )
 
 
-def read_attributes(obs: Any, keys: dict[str, str | None]) -> dict[str, tuple[np.ndarray, Attribute]]:
-    """Return codes (int64, one per cell) and attribute by role, from columns by role.
+def read_attributes(obs: Any, keys: dict[str, str | None]) -> dict[str, Attribute]:
+    """Return the attribute by role, from columns by role; levels of an ordered categorical keep their order.
 
     Raises
     ------
@@ -183,10 +186,12 @@ def read_attributes(obs: Any, keys: dict[str, str | None]) -> dict[str, tuple[np
     out = {}
     for role, key in keys.items():
         if key is None and role != "perturbation":
-            out[role] = (np.zeros(len(obs), dtype=np.int64), Attribute(role, None, (ALL,)))
+            out[role] = Attribute(role, None, (ALL,))
         else:
-            codes, levels = read_labels(obs, key, f"{role}_key")
-            out[role] = (codes, Attribute(role, key, levels, label_kind(obs[key])))
+            _, levels = read_labels(obs, key, f"{role}_key")
+            if getattr(obs[key].dtype, "ordered", False):
+                levels = tuple(x for x in map(as_label, obs[key].cat.categories) if x in levels)
+            out[role] = Attribute(role, key, levels, label_kind(obs[key]))
     return out
 
 

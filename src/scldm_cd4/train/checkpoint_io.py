@@ -11,13 +11,18 @@ from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from scldm_cd4._errors import CheckpointError
+from scldm_cd4._errors import CheckpointError, DataError
 from scldm_cd4._whole import whole_file
+from scldm_cd4.data.cells import CellData
+from scldm_cd4.data.splits import Split
+from scldm_cd4.registry import Registry
 
 FORMAT = "scldm_cd4.training"
 VERSION = 1
 RECORD = "training.json"
 """File beside the state with the seed of the training."""
+SPLIT = "split.safetensors"
+"""File beside it with the part of each cell."""
 
 
 def write_state(state: dict[str, Any], path: str | Path) -> None:
@@ -64,6 +69,36 @@ def recorded_seed(folder: str | Path) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} holds no record of a training: {error}") from error
+
+
+def write_split(folder: Path, split: Split, registry: Registry) -> None:
+    """Write which cells train, and the genes."""
+    state = {"parts": torch.from_numpy(split.parts), "spec": split.spec, "genes": list(registry.genes)}
+    write_state(state, folder / SPLIT)
+
+
+def recorded_split(folder: str | Path, cells: CellData) -> Split | None:
+    """Return the split of a training that wrote its state to `folder`; None where an early version wrote it.
+
+    Raises
+    ------
+    DataError
+        The training was on other cells or genes.
+    CheckpointError
+        The file cannot be read.
+    """
+    path = Path(folder) / SPLIT
+    if not path.is_file():
+        return None
+    state = read_state(path)
+    split = Split.saved(state["parts"].numpy(), state["spec"])
+    for what, same in (
+        ("cells, or cells with other labels", split.spec.get("cells") == cells.identity),
+        ("genes", state["genes"] == list(cells.registry.genes)),
+    ):
+        if not same:
+            raise DataError(f"the training in {folder} was on other {what}: resume it with the data that it began with")
+    return split
 
 
 def has_state(folder: Path) -> bool:

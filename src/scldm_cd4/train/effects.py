@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scldm_cd4._passes import chunks
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import CellEncoder, chunks, decode_means, encode_rows, inference_batch_size
+from scldm_cd4.train.latents import CellEncoder, decode_means, encode_rows, inference_batch_size
 from scldm_cd4.train.shrinkage import adaptive_shrink
 
 FloatArray = NDArray[np.float64]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from scldm_cd4._passes import chunks
 from scldm_cd4.conditions import Request
 from scldm_cd4.config import ROLES
 from scldm_cd4.data.cells import CellData
@@ -25,6 +26,7 @@ from scldm_cd4.train.effects import (
     DONOR,
     HALF,
     PERTURBATION,
+    PRIOR_COUNTS,
     TIMEPOINT,
     label_effects,
     log_ratio_variance,
@@ -32,7 +34,7 @@ from scldm_cd4.train.effects import (
     perturbation_effect,
     write_effects,
 )
-from scldm_cd4.train.latents import chunks, decode_means
+from scldm_cd4.train.latents import decode_means
 from scldm_cd4.train.rng import key_seed
 from scldm_cd4.train.shrinkage import adaptive_shrink
 
@@ -43,6 +45,8 @@ FLAT = 1e-4
 GENERATED, PER_PERTURBATION, PER_CONDITION, PER_CELL = 10_000, 64, 200, 4
 """Cells that effects are fitted to: in all, but not fewer for a perturbation, nor more for a condition or a training
 cell."""
+MOST_SUMS = 20_000_000
+"""Conditions times genes whose sums are held at once."""
 
 
 def settle_labels(
@@ -98,6 +102,10 @@ class Conditions:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def some(self, index: NDArray[np.int64]) -> "Conditions":
+        """Return some of them, by ascending number."""
+        return Conditions(self.labels[index], self.n_cells[index], self.shape, self.codes[index])
 
     def find(self, labels: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the number of the condition of each cell, labels (n, 3)."""
@@ -185,6 +193,10 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
     difference from the control. Where latents tell nothing of a perturbation, that difference is all there is of it:
     its effect is `told` times the difference, and the rest of it as `adaptive_shrink` leaves it, gene by gene.
 
+    Where contexts differ in what is left to fit, a sum over all of them is the answer of those with the most counts; a
+    new context is better told by their mean. Effects are moved from the one to the other; see `toward_mean_context`.
+    Not so without a control, whose cells tell how genes vary within a condition.
+
     Parameters
     ----------
     vae, dit
@@ -197,61 +209,152 @@ def fit_to_generated(vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64
         Of all draws.
     """
     assert cells.labels is not None
-    labels, control = cells.labels, control_code(cells)
-    conditions = Conditions.of((labels[rows[index]] for index in chunks(len(rows), CHUNK)), cells.registry.vocabulary)
-    observed = np.zeros((cells.registry.vocabulary[PERTURBATION], cells.n_genes))
-    library, spread = np.zeros(len(conditions)), Spread.of(conditions, cells.n_genes)
-    for index in chunks(len(rows), CHUNK):
-        part = rows[index]
-        counts, code = cells.counts(part), labels[part, PERTURBATION]
-        present, place = np.unique(code, return_inverse=True)
-        observed[present] += members(place, len(present)) @ counts
-        np.add.at(library, conditions.find(labels[part]), np.asarray(counts.sum(axis=1)).ravel())
-        spread.add(counts[code == control], conditions.find(labels[part][code == control]))
-    effects, expected = label_effects(vae), np.zeros_like(observed)
-    for of, shares in _generated(vae, dit, cells, conditions, key_seed(seed, 0)):
-        donor, timepoint, perturbation = conditions.labels[of].T
-        others = np.exp(effects[DONOR][donor] + effects[TIMEPOINT][timepoint])
-        np.add.at(expected, perturbation, library[of, None] * shares * others)
-    n_cells = np.bincount(conditions.labels[:, PERTURBATION], conditions.n_cells, minlength=len(observed))
-    some, generator = np.flatnonzero(n_cells), np.random.default_rng(key_seed(seed, 1))
-    observed, expected, n_cells, before = observed[some], expected[some], n_cells[some, None], effects[PERTURBATION]
+    effects, control, generator = label_effects(vae), control_code(cells), np.random.default_rng(key_seed(seed, 1))
+    sums, before = PerturbationSums.of(vae, dit, cells, rows, effects, key_seed(seed, 0)), effects[PERTURBATION]
+    some = sums.codes
     if control in some:
-        told, is_control = told[some, None], some == control
-        new = _beside_control(observed, expected, n_cells, is_control, told, spread.dispersion, generator)
-        before[some] = new + before[control]
+        before[some] = before[control] + _beside_control(sums, some == control, told[some, None], generator)
     else:
-        new = perturbation_effect(observed, expected, n_cells)
-        before[some] = new + n_cells[:, 0] / n_cells.sum() @ (before[some] - new)  # the mean of all cells stays
+        new = perturbation_effect(sums.observed, sums.expected, sums.n_cells)
+        before[some] = new + sums.n_cells[:, 0] / sums.n_cells.sum() @ (before[some] - new)  # the mean of all stays
     write_effects(vae, effects, generator)
 
 
 def _beside_control(
+    sums: "PerturbationSums", is_control: NDArray[np.bool_], told: FloatArray, generator: np.random.Generator
+) -> FloatArray:
+    """Return effects (levels, G) less that of the control, shrunk where they are not told."""
+    effect = perturbation_effect(sums.observed, sums.expected, sums.n_cells)
+    of_control = effect[is_control]
+    observed, expected = sums.observed + HALF, sums.expected * np.exp(of_control) + HALF
+    ratio, shift = np.log(observed / expected), sums.shift * ~is_control[:, None]
+    noise = log_ratio_variance(observed, expected, ratio) + sums.dispersion / sums.n_cells
+    careful = adaptive_shrink(ratio + shift, noise + noise[is_control], generator)
+    out: FloatArray = told * (effect + shift - of_control) + (1 - told) * careful
+    return out
+
+
+def toward_mean_context(
     observed: FloatArray,
     expected: FloatArray,
     n_cells: NDArray[np.int64],
-    is_control: NDArray[np.bool_],
-    told: FloatArray,
+    level: NDArray[np.int64],
     dispersion: FloatArray,
-    generator: np.random.Generator,
 ) -> FloatArray:
-    """Return effects (levels, G) less that of the control, shrunk where they are not told."""
-    effect = perturbation_effect(observed, expected, n_cells)
-    of_control = effect[is_control]
-    observed, expected = observed + HALF, expected * np.exp(of_control) + HALF
-    ratio = np.log(observed / expected)
-    noise = log_ratio_variance(observed, expected, ratio) + dispersion / n_cells
-    careful = adaptive_shrink(ratio, noise + noise[is_control], generator)
-    out: FloatArray = told * (effect - of_control) + (1 - told) * careful
-    return out
+    r"""Return what leads from the log ratio of summed counts to the mean log ratio of contexts, by level and gene.
+
+    The log ratio :math:`y_k` of context k has the variance :math:`v_k` by its own noise. The sum over contexts stands
+    for weights :math:`1 / v_k`. Where contexts differ by :math:`\tau^2` beyond noise, the mean of contexts like these
+    has the weights :math:`1 / (v_k + \tau^2)`, with :math:`\tau^2` by moments (DerSimonian & Laird 1986,
+    *Controlled Clinical Trials* 7, 177). The difference of the two means is 0 where contexts do not differ.
+
+    Parameters
+    ----------
+    observed, expected
+        Counts of conditions (K, G).
+    n_cells
+        Of each condition (K,).
+    level
+        Of each condition (K,), numbered without gaps: its perturbation.
+    dispersion
+        1 / theta of each gene (G,).
+
+    Returns
+    -------
+    (levels, G).
+    """
+    own = members(level, int(level.max()) + 1)
+    pooled = ((own @ observed + HALF) / (own @ expected + HALF))[level]
+    seen = observed + PRIOR_COUNTS * pooled  # the ratio of few counts is near that of all contexts
+    y = np.log(seen / (expected + PRIOR_COUNTS) / pooled)
+    v = 1 / seen + dispersion / n_cells[:, None]
+    total, square = own @ (1 / v), own @ np.square(1 / v)
+    fixed = own @ (y / v) / total
+    excess = own @ (np.square(y - fixed[level]) / v) - (np.bincount(level)[:, None] - 1)
+    variance = np.maximum(excess, 0.0) / np.maximum(total - square / total, 1e-9 * total)
+    weight = 1 / (v + variance[level])
+    shift: FloatArray = own @ (weight * y) / (own @ weight) - fixed
+    return shift
+
+
+@dataclass(frozen=True)
+class PerturbationSums:
+    """What the training cells of each perturbation count, and what generated ones in their place would."""
+
+    codes: NDArray[np.int64]
+    """Of the perturbations with cells, ascending (P,)."""
+    n_cells: NDArray[np.int64]
+    """Of each (P, 1)."""
+    observed: FloatArray
+    """Counts (P, G)."""
+    expected: FloatArray
+    """Counts of as many generated cells, with the effects of donors and time points (P, G)."""
+    shift: FloatArray
+    """See `toward_mean_context` (P, G)."""
+    dispersion: FloatArray
+    """1 / theta of each gene (G,), by moments of the control cells."""
+
+    @classmethod
+    def of(
+        cls, vae: VAE, dit: DiT, cells: CellData, rows: NDArray[np.int64], effects: list[FloatArray], seed: int
+    ) -> "PerturbationSums":
+        """Sum the cells up by condition, of as many perturbations at a time as `MOST_SUMS` allows."""
+        assert cells.labels is not None
+        labels = (cells.labels[rows[index]] for index in chunks(len(rows), CHUNK))
+        conditions = Conditions.of(labels, cells.registry.vocabulary)
+        spread, n_generated = Spread.of(conditions, cells.n_genes), _cells_of_each(conditions)
+        codes, place = np.unique(conditions.labels[:, PERTURBATION], return_inverse=True)
+        observed, expected, shift = np.zeros((3, len(codes), cells.n_genes))
+        for some in _parts(place, codes == control_code(cells), MOST_SUMS // cells.n_genes):
+            part, (present, level) = conditions.some(some), np.unique(place[some], return_inverse=True)
+            counts, library = _count(cells, rows, part, spread)
+            fitted = _generated_shares(vae, dit, cells, part, n_generated, effects, seed) * library[:, None]
+            own = members(level, len(present))
+            observed[present], expected[present] = own @ counts, own @ fitted
+            shift[present] = toward_mean_context(counts, fitted, part.n_cells, level, spread.dispersion)
+        n_cells = np.bincount(place, conditions.n_cells).astype(np.int64)[:, None]
+        return cls(codes, n_cells, observed, expected, shift, spread.dispersion)
+
+
+def _count(
+    cells: CellData, rows: NDArray[np.int64], conditions: Conditions, spread: "Spread"
+) -> tuple[FloatArray, FloatArray]:
+    """Return counts (K, G) and library sizes (K,) of conditions, and add their control cells to `spread`."""
+    assert cells.labels is not None
+    counts, library = np.zeros((len(conditions), cells.n_genes)), np.zeros(len(conditions))
+    mine = np.isin(np.arange(conditions.shape[PERTURBATION]), conditions.labels[:, PERTURBATION])
+    for index in chunks(len(rows), CHUNK):
+        own = rows[index][mine[cells.labels[rows[index], PERTURBATION]]]
+        some, labels = cells.counts(own), cells.labels[own]
+        present, place = np.unique(conditions.find(labels), return_inverse=True)
+        counts[present] += members(place, len(present)) @ some
+        np.add.at(library, present[place], np.asarray(some.sum(axis=1)).ravel())
+        is_control = labels[:, PERTURBATION] == control_code(cells)
+        spread.add(some[is_control], labels[is_control])
+    return counts, library
+
+
+def _parts(level: NDArray[np.int64], first: NDArray[np.bool_], most: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the conditions (K,) of some levels at a time, about `most` but one level at least, in ascending order.
+
+    The levels that are `first` come in the first part.
+    """
+    size = np.bincount(level)
+    order = np.argsort(~first, kind="stable")
+    part = np.empty(len(size), dtype=np.int64)
+    part[order] = (np.cumsum(size[order]) - size[order]) // max(most, 1)
+    for number in np.unique(part):
+        yield np.flatnonzero(part[level] == number)
 
 
 @dataclass(frozen=True)
 class Spread:
     """Moments of the counts of control cells in each context."""
 
-    context: NDArray[np.int64]
-    """Of each condition (K,), numbered."""
+    shape: tuple[int, int]
+    """Levels of donors and time points."""
+    contexts: NDArray[np.int64]
+    """Numbers among all (C,), ascending."""
     library: FloatArray
     """Sums of library sizes, and of their squares, of each context (2, C)."""
     counts: FloatArray
@@ -260,15 +363,17 @@ class Spread:
     """Sum of the squared counts of all cells (G,)."""
 
     @classmethod
-    def of(cls, conditions: "Conditions", n_genes: int) -> "Spread":
+    def of(cls, conditions: Conditions, n_genes: int) -> "Spread":
         """Start without cells."""
-        context = np.unique(conditions.labels[:, :PERTURBATION], axis=0, return_inverse=True)[1].ravel()
-        n = int(context.max()) + 1
-        return cls(context, np.zeros((2, n)), np.zeros((n, n_genes)), np.zeros(n_genes))
+        shape = conditions.shape[0], conditions.shape[1]
+        contexts = np.unique(np.ravel_multi_index(tuple(conditions.labels[:, :PERTURBATION].T), shape))
+        n = len(contexts)
+        return cls(shape, contexts, np.zeros((2, n)), np.zeros((n, n_genes)), np.zeros(n_genes))
 
-    def add(self, counts: Any, of: NDArray[np.int64]) -> None:
-        """Add control cells, CSR (n, G), of these conditions (n,)."""
-        present, place = np.unique(self.context[of], return_inverse=True)
+    def add(self, counts: Any, labels: NDArray[np.integer]) -> None:
+        """Add control cells, CSR (n, G), of labels (n, 3)."""
+        code = np.ravel_multi_index(tuple(labels[:, :PERTURBATION].T), self.shape)
+        present, place = np.unique(np.searchsorted(self.contexts, code), return_inverse=True)
         own, library = members(place, len(present)), np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
         self.library[:, present] += np.stack([own @ library, own @ np.square(library)])
         self.counts[present] += own @ counts
@@ -282,24 +387,29 @@ class Spread:
         return np.maximum(self.squares - self.counts.sum(axis=0) - square, 0.0) / np.maximum(square, 1e-12)
 
 
-def _generated(
-    vae: VAE, dit: DiT, cells: CellData, conditions: Conditions, seed: int
-) -> Iterator[tuple[NDArray[np.int64], FloatArray]]:
-    """Yield conditions and decoded shares (n, G), without effects of labels, of some generated cells at a time.
-
-    Shares are divided by the number of cells of their condition, equal for all.
-    """
-    registry = cells.registry
+def _cells_of_each(conditions: Conditions) -> int:
+    """Return how many cells to generate of each condition."""
     wanted = max(GENERATED, PER_PERTURBATION * len(np.unique(conditions.labels[:, PERTURBATION])))
     wanted = min(wanted, PER_CELL * int(conditions.n_cells.sum()))
-    n = min(PER_CONDITION, -(-wanted // len(conditions)))
+    return min(PER_CONDITION, -(-wanted // len(conditions)))
+
+
+def _generated_shares(
+    vae: VAE, dit: DiT, cells: CellData, conditions: Conditions, n: int, effects: list[FloatArray], seed: int
+) -> FloatArray:
+    """Return mean decoded shares (K, G) of `n` generated cells each, with the effects of donors and time points."""
+    registry = cells.registry
     sampling = Sampling.resolve(next(dit.parameters()).device, seed=seed, output="latent")
     sampler = Sampler(vae, dit, registry, sampling, noise_labels=lambda labels: (*labels[:PERTURBATION], None))
     names = [a.decode(conditions.labels[:, i]) for i, a in enumerate(registry.attributes)]
     requests = [Request(labels, n) for labels in zip(*names, strict=True)]
     shape, done = (-1, vae.config.latent_tokens, vae.config.n_channels), 0
+    out = np.zeros((len(conditions), cells.n_genes))
     for drawn in draw(sampler, requests, np.ones(n * len(conditions))):
         latents = torch.from_numpy(drawn.values.reshape(shape))
         shares = decode_means(vae, latents, torch.ones(len(latents), 1)).double().numpy()
-        yield np.arange(done, done + len(latents)) // n, shares / n
+        present, place = np.unique(np.arange(done, done + len(latents)) // n, return_inverse=True)
+        out[present] += members(place, len(present)) @ shares / n
         done += len(latents)
+    donor, timepoint, _ = conditions.labels.T
+    return out * np.exp(effects[DONOR][donor] + effects[TIMEPOINT][timepoint])

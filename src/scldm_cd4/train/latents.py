@@ -1,6 +1,6 @@
 """Latents of many cells and back, in batches without gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._passes import chunks
 from scldm_cd4._precision import choose
 from scldm_cd4.config import VAEConfig
 from scldm_cd4.data.cells import CellData
@@ -33,12 +34,6 @@ def encoder_input(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor]:
     if "genes" in batch:
         return counts, batch["genes"]
     return counts, torch.arange(1, vae.n_genes + 1, device=counts.device).expand(len(counts), -1)
-
-
-def chunks(n: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Positions 0 to n - 1, `size` at a time."""
-    for start in range(0, n, size):
-        yield np.arange(start, min(n, start + size))
 
 
 class CellEncoder:

@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scldm_cd4._passes import chunks
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import chunks, encode, inference_batch_size
+from scldm_cd4.train.latents import encode, inference_batch_size
 from scldm_cd4.train.loaders import CountBatches
 from scldm_cd4.train.theta import fit_theta, sample_rows
 

@@ -19,7 +19,16 @@ from scldm_cd4.config import STAGES, ModelConfig, StageConfig
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.splits import Split
 from scldm_cd4.nn import VAE, DiT
-from scldm_cd4.train.checkpoint_io import RECORD, has_state, read_state, recorded_seed, write_json, write_state
+from scldm_cd4.train.checkpoint_io import (
+    RECORD,
+    has_state,
+    read_state,
+    recorded_seed,
+    recorded_split,
+    write_json,
+    write_split,
+    write_state,
+)
 from scldm_cd4.train.effects import set_label_effects
 from scldm_cd4.train.initialise import initialise_from_data
 from scldm_cd4.train.labels import settle_labels
@@ -88,6 +97,7 @@ def fit(
     num_workers: int = 0,
     progress: bool | None = None,
     compile: bool = False,
+    result: TrainResult | None = None,
     **trainer_kwargs: Any,
 ) -> TrainResult:
     """Train the autoencoder, then the flow on its latents.
@@ -122,6 +132,8 @@ def fit(
         Compile the decoder and the flow network for training with `torch.compile`, which takes up to a minute and a
         C++ compiler. Where that cannot be, training goes on without and warns once. Batches then have one size, for
         which a few cells are repeated in each epoch.
+    result
+        Filled as stages end, so that a caller knows what an exception left.
     trainer_kwargs
         Passed to ``lightning.pytorch.Trainer``; with ``accumulate_grad_batches`` an optimiser step takes so many
         batches, and steps, schedules and averages count optimiser steps.
@@ -129,8 +141,8 @@ def fit(
     Raises
     ------
     DataError
-        A stage or a setting is unknown, `checkpoint_dir` holds the state of another training, or there are no labels
-        for the flow.
+        A stage or a setting is unknown, `checkpoint_dir` holds the state of another training, that of `resume_from`
+        had other cells, genes or parts, or there are no labels for the flow.
     TrainingError
         A loss became infinite or not a number; the network holds the last good weights.
     CheckpointError
@@ -154,7 +166,7 @@ def fit(
     connect(accelerator)
     resume, folder = (None if path is None else Path(path) for path in (resume_from, checkpoint_dir))
     seed = _resolve_seed(seed, resume)
-    job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, resume, folder)
+    job = _Job(vae, cells, split, seed, settings, hardware, early_stopping, resume, folder, result or TrainResult())
     if note is not None:
         job.result.notes.append(note)
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -196,8 +208,15 @@ class _Job:
             )
         self.result.seed = self.seed
         self.writes = self.folder is not None and processes()[0] == 0
+        if self.resume_from is not None:
+            recorded = recorded_split(self.resume_from, self.cells)
+            if recorded is not None and not np.array_equal(recorded.parts, self.split.parts):
+                raise DataError(
+                    f"the training in {self.resume_from} held out other cells: leave out split= and shares to resume it"
+                )
         if self.folder is not None and self.writes:
             write_json(self.folder / RECORD, {"seed": self.seed})
+            write_split(self.folder, self.split, self.cells.registry)
         generator = np.random.default_rng(key_seed(self.seed, 10))
         held_out = self.split.validation
         if len(held_out) > MAX_VALIDATION:
@@ -238,7 +257,7 @@ class _Job:
             constants={"mean_profile_nll": mean_profile},
         )
         if vae.config.label_rank and self.cells.labels is not None:
-            set_label_effects(vae, self.cells, self._known(), np.random.default_rng(key_seed(self.seed, 19)))
+            set_label_effects(vae, self.cells, rows, np.random.default_rng(key_seed(self.seed, 19)))
         if config.refit_theta:
             generator = np.random.default_rng(key_seed(self.seed, 15))
             whole = [
@@ -277,13 +296,9 @@ class _Job:
         if self.vae.config.label_rank and not self.result.interrupted:
             assert train is not None  # there are training cells
             seed = key_seed(self.seed, 22)
-            settle_labels(self.vae, dit, self.cells, self._known(), train.latents, train.labels, seed)
+            settle_labels(self.vae, dit, self.cells, self.split.train, train.latents, train.labels, seed)
         self._forget_latents()
         self.result.dit = dit
-
-    def _known(self) -> NDArray[np.int64]:
-        """Rows of all cells whose conditions are trained on."""
-        return np.sort(np.concatenate([self.split.train, self.split.validation]))
 
     def _latents(self, rows: NDArray[np.int64], name: str) -> Tensor | None:
         if not len(rows):

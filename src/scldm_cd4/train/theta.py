@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scldm_cd4._passes import chunks
 from scldm_cd4.nn import VAE
-from scldm_cd4.train.latents import chunks, decode_means, encode, inference_batch_size
+from scldm_cd4.train.latents import decode_means, encode, inference_batch_size
 from scldm_cd4.train.loaders import CountBatches
 
 BOUNDS = (1e-3, 1e4)
