@@ -90,7 +90,7 @@ class QueryMethods(StorageMethods):
 
         Returns
         -------
-        A model that knows the query cells.
+        A new model that knows the query cells; `reference_model` is not changed by it, nor by what is done with it.
 
         Raises
         ------
@@ -106,7 +106,7 @@ class QueryMethods(StorageMethods):
         >>> "D5" in CD4Model.load_query_data(controls, saved, seed=0).donors
         True
         """
-        from scldm_cd4.extension import unknown_levels
+        from scldm_cd4.extension import copied, unknown_levels
 
         model = reference_model
         if not isinstance(reference_model, QueryMethods):
@@ -119,7 +119,7 @@ class QueryMethods(StorageMethods):
         if levels := unknown_levels(adata, model._state.registry):
             return model.extend(adata, seed=seed, **levels)
         same = cls.__new__(cls)
-        same._start(model._state, adata, model.device)
+        same._start(copied(model._state), adata, model.device)
         return same
 
     def query_distance(

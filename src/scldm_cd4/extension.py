@@ -6,7 +6,8 @@ effects of labels. Both start at the mean of the levels that were trained and le
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -137,6 +138,12 @@ def extend(
     return new, cells
 
 
+def copied(state: State) -> State:
+    """Return a state with networks, history and record of its own, which can be trained while the other stays."""
+    vae, dit = deepcopy(state.vae), deepcopy(state.dit)
+    return replace(state, vae=vae, dit=dit, history=dict(state.history), record=dict(state.record))
+
+
 def registry_codes(registry: Registry, role: str, labels: Sequence[str]) -> list[int]:
     """Return the codes of levels of a role."""
     return [int(code) for code in getattr(registry, role).encode(labels)]
@@ -157,7 +164,7 @@ def _cells_of(adata: Any, registry: Registry, before: Registry, levels: Mapping[
                 "alone takes the average of the trained levels"
             )
         chosen |= found[codes]
-    cells = CellData.from_adata(adata if chosen.all() else adata[chosen], registry)
+    cells = CellData.from_adata(adata, registry, rows=np.flatnonzero(chosen))
     assert cells.labels is not None
     for position, attribute in enumerate(registry.attributes):
         for label in attribute.decode(np.unique(cells.labels[:, position])):

@@ -5,6 +5,7 @@ the prediction in contexts where the perturbation was trained, and on how many c
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from scldm_cd4._errors import DataError
 from scldm_cd4.calibration import FEATURES, Calibration, calibrate
-from scldm_cd4.conditions import requested_levels, resolve_requests
+from scldm_cd4.conditions import DEFAULT_N_CELLS, as_n_cells, requested_levels, resolve_requests
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.data.labels import read_labels
 from scldm_cd4.metrics import safe_pearson
@@ -22,6 +23,7 @@ from scldm_cd4.output import evidence
 from scldm_cd4.ranking.effects import MIN_OBSERVED, Context, Generated, Observed, target_genes
 from scldm_cd4.ranking.evidence import MIN_CONDITIONS, held_out_conditions
 from scldm_cd4.ranking.sources import generated_effects
+from scldm_cd4.ranking.targets import MIN_CELLS
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampling, role_columns
 
@@ -29,6 +31,8 @@ MAX_CONTEXTS = 3
 """Contexts in which the perturbation was trained that a prediction is compared with."""
 MAX_CONDITIONS = 100
 """Validation conditions that are looked at: a seeded sample of more, which four numbers do not need."""
+FIT_SEED = 0
+"""With which `reliability` learns by itself, so that what is learned does not depend on the call that came first."""
 Array = NDArray[np.float64]
 Condition = tuple[str, Context]
 
@@ -48,7 +52,7 @@ def predicted_features(
         needed = {c: controls[c] for c in dict.fromkeys([*asked, *elsewhere[name]])}
         keep = ~target_genes(registry, name)
         deltas = {c: x.delta[0] * keep for c, x in next(generated.changes([name], needed, n_cells)).items()}
-        total, _ = evidence(registry, (None, None, name))
+        total = evidence(registry, (None, None, name))[0] if registry.train_counts else np.nan
         for context in asked:
             others = [deltas[c] for c in elsewhere[name] if c != context]
             agreement = safe_pearson(deltas[context][keep], np.mean(others, axis=0)[keep]) if others else np.nan
@@ -66,7 +70,8 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
     """Learn from conditions held out of training how far predictions of other such conditions are to be believed.
 
     At most 100 conditions are looked at. What is learned stays with the model, also when it is saved. `reliability`
-    calls this where the cells of the model hold such conditions.
+    calls this with 100 cells and seed 0, whatever its own, where nothing was learned before and the cells of the model
+    hold such conditions.
 
     Parameters
     ----------
@@ -75,7 +80,7 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
         each; None takes those that the model was built with, some held out by ``train(split={"conditions": ...})``.
         Conditions that a choice of settings was made on make predictions look better than they are.
     n_cells
-        Cells to generate per condition.
+        Cells to generate per condition, at least 20.
     seed
         Of the generated cells.
 
@@ -84,14 +89,14 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
     One row per validation condition: labels, ``n_cells`` observed, ``effect_size``, ``agreement`` and
     ``n_train_cells_perturbation`` (see `reliability`), the observed ``pearson_delta``, and ``expected_pearson_delta``,
     ``expected_lo`` and ``expected_hi`` as learned without the perturbation of the row. ``attrs`` holds the errors of
-    these, beside that of the mean alone.
+    these, beside that of the mean alone, and ``n_cells`` and ``seed`` of the generated cells.
 
     Raises
     ------
     NotTrainedError
         A stage is not trained.
     DataError
-        There are fewer than ten such conditions, no control was declared, or the cells cannot be used.
+        There are fewer than ten such conditions, no control was declared, or the cells or `n_cells` cannot be used.
 
     Examples
     --------
@@ -99,17 +104,22 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
     Traceback (most recent call last):
     scldm_cd4._errors.DataError: 3 validation conditions ...
     """
+    n_cells = _checked(n_cells)
     registry, generated, sampling = _source(self, seed)
     cells = self._adata(adata)
     wanted = _validation_conditions(cells, registry, sampling.seed)
     found = _observe(
-        generated, Observed(CellData.from_adata(_known(cells, registry), registry), registry), wanted, n_cells
+        generated,
+        Observed(CellData.from_adata(cells, registry, rows=_known(cells, registry)), registry),
+        wanted,
+        n_cells,
     )
     if len(found) < MIN_CONDITIONS:
         raise DataError(_too_few(len(found)))
     features, r, n = np.array([f for _, f, _, _ in found]), *np.array([[r, n] for *_, r, n in found]).T
     conditions = [condition for condition, *_ in found]
     calibration, left_out = calibrate(features, r, [name for name, _ in conditions], n)
+    calibration = replace(calibration, facts=calibration.facts | {"n_cells": n_cells, "seed": sampling.seed})
     self._state.record["reliability"] = calibration.to_dict()
     table = _labels(registry, conditions)
     table["n_cells"] = n.astype(np.int64)
@@ -137,19 +147,20 @@ def reliability(
     perturbation, donor, timepoint, conditions
         As for `generate`; None takes all levels, without the control.
     n_cells
-        Cells to generate per condition, and in up to three contexts in which its perturbation was trained.
+        Cells to generate per condition, at least 20, and in up to three contexts in which its perturbation was trained.
     seed
         Of the generated cells.
 
     Returns
     -------
     One row per condition: labels; ``n_train_cells`` of the condition, ``n_train_cells_perturbation`` and
-    ``n_train_contexts`` of its perturbation; ``effect_size``, the root mean square over genes of the predicted
-    difference of log1p(counts per 10,000) from the control; ``agreement``, the Pearson correlation of the predicted
-    effect with the mean of those predicted where the perturbation was trained; ``expected_pearson_delta`` with a 90 %
-    interval ``expected_lo``, ``expected_hi``: the Pearson correlation with the effect in as many real cells as the
-    validation conditions had, each effect against its own controls; and ``note``, which says why a figure is missing.
-    ``attrs`` says from how many conditions it was learned and how well left-out perturbations were predicted.
+    ``n_train_contexts`` of its perturbation, NaN where they are not known, as in an imported checkpoint;
+    ``effect_size``, the root mean square over genes of the predicted difference of log1p(counts per 10,000) from the
+    control; ``agreement``, the Pearson correlation of the predicted effect with the mean of those predicted where the
+    perturbation was trained; ``expected_pearson_delta`` with a 90 % interval ``expected_lo``, ``expected_hi``: the
+    Pearson correlation with the effect in as many real cells as the validation conditions had, each effect against its
+    own controls; and ``note``, which says why a figure is missing. ``attrs`` says from how many conditions it was
+    learned, with which ``n_cells`` and ``seed``, and how well left-out perturbations were predicted.
 
     Raises
     ------
@@ -158,7 +169,7 @@ def reliability(
     UnknownCategoryError
         A label is unknown or was never trained.
     DataError
-        No control was declared.
+        No control was declared, or `n_cells` is no whole number of at least 20.
 
     Examples
     --------
@@ -166,25 +177,33 @@ def reliability(
     >>> bool(table["expected_pearson_delta"].isna().all())  # too few conditions were held out, as the note says
     True
     """
+    n_cells = _checked(n_cells)
     registry, generated, _ = _source(self, seed)
     if conditions is None and perturbation is None:
         perturbation = [x for x in requested_levels(registry, "perturbation", None) if x != registry.control]
     labels = {"perturbation": perturbation, "donor": donor, "timepoint": timepoint}
     requests = resolve_requests(registry, conditions=conditions, **labels)
     asked = [(str(p), (str(d), str(t))) for d, t, p in dict.fromkeys(request.labels for request in requests)]
-    calibration, reason = _calibration(self, n_cells, seed)
+    calibration, reason = _calibration(self)
     wanted = [condition for condition in asked if condition[0] != registry.control]
     features = {key: values for key, _, values in predicted_features(generated, registry, wanted, n_cells)}
     values = np.array([features.get(key, np.full(len(FEATURES), np.nan)) for key in asked])
     table = _labels(registry, asked)
-    table["n_train_cells"] = [registry.n_train(name, *context) for name, context in asked]
-    table["n_train_contexts"] = [registry.n_train_contexts(name) for name, _ in asked]
+    is_known = bool(registry.train_counts)
+    table["n_train_cells"] = [registry.n_train(name, *c) if is_known else np.nan for name, c in asked]
+    table["n_train_contexts"] = [registry.n_train_contexts(name) if is_known else np.nan for name, _ in asked]
     table = pd.concat([table, _shown(values)], axis=1)
     expected = np.full((len(asked), 3), np.nan) if calibration is None else calibration.predict(values)
     table[["expected_pearson_delta", "expected_lo", "expected_hi"]] = expected
     table["note"] = [_note(registry, key, x, reason) for key, x in zip(asked, values, strict=True)]
     table.attrs = {} if calibration is None else dict(calibration.facts)
     return table
+
+
+def _checked(n_cells: Any) -> int:
+    if (n := as_n_cells(n_cells)) < MIN_CELLS:
+        raise DataError(f"n_cells must be at least {MIN_CELLS} for an effect, got {n}")
+    return n
 
 
 def _source(self: Any, seed: int | None) -> tuple[Registry, Generated, Sampling]:
@@ -207,14 +226,14 @@ def _validation_conditions(adata: Any, registry: Registry, seed: int) -> list[Co
     return [found[i] for i in np.sort(chosen)]
 
 
-def _known(adata: Any, registry: Registry) -> Any:
-    """Return the cells with labels that the model knows."""
+def _known(adata: Any, registry: Registry) -> NDArray[np.int64]:
+    """Return the rows of the cells with labels that the model knows."""
     keep = np.ones(adata.n_obs, dtype=bool)
     for attribute in registry.attributes:
         if attribute.column is not None:
             codes, levels = read_labels(adata.obs, attribute.column, f"{attribute.role}_key")
             keep &= np.isin(np.array(levels, dtype=object), attribute.levels)[codes]
-    return adata if keep.all() else adata[keep]
+    return np.flatnonzero(keep)
 
 
 def _observe(
@@ -235,8 +254,8 @@ def _observe(
     return out
 
 
-def _calibration(self: Any, n_cells: int, seed: int | None) -> tuple[Calibration | None, str]:
-    """Return what was learned, or why there is nothing."""
+def _calibration(self: Any) -> tuple[Calibration | None, str]:
+    """Return what was learned, if need be now, or why there is nothing."""
     if "reliability" not in self._state.record:
         if self.adata is None:
             return None, (
@@ -244,11 +263,11 @@ def _calibration(self: Any, n_cells: int, seed: int | None) -> tuple[Calibration
                 "with conditions that training did not see"
             )
         registry = self._state.registry
-        n = len(_validation_conditions(self.adata, registry, 0)) if registry.train_counts else 0
+        n = len(_validation_conditions(self.adata, registry, FIT_SEED)) if registry.train_counts else 0
         if n < MIN_CONDITIONS:
             return None, _too_few(n)
         try:
-            self.fit_reliability(n_cells=n_cells, seed=seed)
+            self.fit_reliability(n_cells=DEFAULT_N_CELLS, seed=FIT_SEED)
         except DataError as error:
             return None, str(error)
     return Calibration.from_dict(self._state.record["reliability"]), ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scldm_cd4 import CD4Model, DataError, GeneMismatchError, UnknownCategoryError, datasets
+from scldm_cd4 import CD4Model, DataError, GeneMismatchError, UnknownCategoryError, datasets, open_cells
 from scldm_cd4.extension import Prior, fit_embeddings
 from scldm_cd4.flow import flow_loss, interpolate
 
@@ -213,6 +213,49 @@ def test_load_query_data(trained: Any, extended: Any, query: Any, simulated: Any
     assert same.donors == trained.donors
     with pytest.raises(DataError, match="query cells first"):
         CD4Model.load_query_data(str(tmp_path / "model"), query)
+
+
+def test_a_model_for_query_cells_is_one_of_its_own(trained: Any, simulated: Any, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    model = CD4Model.load(tmp_path / "model")
+    ask = {"perturbation": "GATA3", "donor": "CE0008162", "timepoint": "Rest", "n_cells": 20, "seed": 0}
+    before, facts = model.generate(**ask), dict(model.training_)
+    other = CD4Model.load_query_data(simulated[:150].copy(), model)
+    assert (other.generate(**ask).X != before.X).nnz == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The decoder makes little use")
+        other.train(seed=1, stage="flow")
+    after = model.generate(**ask)
+    assert (after.X != before.X).nnz == 0
+    assert (other.generate(**ask).X != before.X).nnz > 0
+    assert after.uns["scldm_cd4"]["model_hash"] == before.uns["scldm_cd4"]["model_hash"]
+    assert model.training_ == facts != other.training_
+
+
+def test_a_model_without_a_flow_takes_query_cells(trained: Any, simulated: Any, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    model = CD4Model.load(tmp_path / "model")
+    model._state.dit = None
+    np.testing.assert_array_equal(
+        CD4Model.load_query_data(simulated, model).get_latent(indices=[3]), trained.get_latent(indices=[3])
+    )
+
+
+def test_cells_in_files_that_hold_others_too(trained: Any, simulated: Any, query: Any, tmp_path: Path) -> None:
+    adata = datasets.synthetic_cd4(300, 50, n_perturbations=3, n_donors=3, n_timepoints=2, seed=0)
+    (adata[~adata.obs["donor_id"].isin([NEW])].copy()).write_h5ad(tmp_path / "known.h5ad")
+    query.write_h5ad(tmp_path / "query.h5ad")
+    cells = open_cells([tmp_path / "known.h5ad", tmp_path / "query.h5ad"])
+    rows = {}
+    for name, model in {
+        "memory": trained.extend(query, donor=NEW, seed=0),
+        "files": trained.extend(cells, donor=NEW, seed=0),
+        "query": CD4Model.load_query_data(cells, trained, seed=0),
+    }.items():
+        assert model.training_["extensions"][0]["n_cells"] == query.n_obs
+        rows[name] = model._state.tensors()[f"dit.{ROW}"]
+    assert torch.equal(rows["files"], rows["memory"])
+    assert torch.equal(rows["query"], rows["memory"])
 
 
 def test_query_distance(trained: Any, simulated: Any, query: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scldm_cd4 import CD4Model, CheckpointError, DataError, datasets
+from scldm_cd4 import CD4Model, CheckpointError, DataError, datasets, open_cells
 from scldm_cd4.calibration import Calibration, calibrate
 
 
@@ -65,15 +65,15 @@ def test_plain_values_and_back() -> None:
 
 
 def test_without_validation_conditions_the_table_says_why(trained: Any, tmp_path: Path) -> None:
-    table = trained.reliability("GATA3", donor="CE0008162", n_cells=8, seed=0)
+    table = trained.reliability("GATA3", donor="CE0008162", n_cells=20, seed=0)
     assert table["expected_pearson_delta"].isna().all()
     assert table["note"].str.contains("2 validation conditions|1 validation conditions").all()
     assert np.isfinite(table["effect_size"]).all()
     assert list(table["timepoint"]) == ["Rest", "Stim8hr"]
     with pytest.raises(DataError, match="10 are needed"):
-        trained.fit_reliability(n_cells=8, seed=0)
+        trained.fit_reliability(n_cells=20, seed=0)
     trained.save(tmp_path / "model")
-    loaded = CD4Model.load(tmp_path / "model").reliability("GATA3", "CE0008162", "Rest", n_cells=8, seed=0)
+    loaded = CD4Model.load(tmp_path / "model").reliability("GATA3", "CE0008162", "Rest", n_cells=20, seed=0)
     assert loaded["note"].str.contains("fit_reliability").all()
 
 
@@ -101,15 +101,16 @@ def validated(quick: dict[str, Any]) -> Any:
 
 
 def test_learned_applied_and_kept(validated: Any, tmp_path: Path) -> None:
-    learned = validated.fit_reliability(n_cells=16, seed=0)
+    learned = validated.fit_reliability(n_cells=20, seed=0)
     assert len(learned) == learned.attrs["n_conditions"] == 14
+    assert (learned.attrs["n_cells"], learned.attrs["seed"]) == (20, 0)
     assert learned["pearson_delta"].between(-1, 1).all()
     assert (learned["n_cells"] >= 10).all()
     name, donor = learned["perturbation"].iloc[0], learned["donor_id"].iloc[0]
     asked = pd.DataFrame(
         {"perturbation": [name, "NTC", name], "donor_id": donor, "timepoint": ["Rest", "Rest", "Stim8hr"]}
     )
-    table = validated.reliability(conditions=asked, n_cells=16, seed=0)
+    table = validated.reliability(conditions=asked, n_cells=20, seed=0)
     assert list(table["perturbation"]) == [name, "NTC", name]
     assert (table["n_train_cells"].to_numpy() == 0).tolist() == [True, False, True]
     known = table.drop(1)
@@ -119,5 +120,50 @@ def test_learned_applied_and_kept(validated: Any, tmp_path: Path) -> None:
     assert "control" in table["note"].iloc[1]
     np.testing.assert_allclose(known["effect_size"], learned["effect_size"].iloc[:2], rtol=1e-6)
     validated.save(tmp_path / "model")
-    loaded = CD4Model.load(tmp_path / "model").reliability(conditions=asked, n_cells=16, seed=0)
+    loaded = CD4Model.load(tmp_path / "model").reliability(conditions=asked, n_cells=20, seed=0)
     pd.testing.assert_frame_equal(loaded, table)
+
+
+@pytest.fixture
+def unlearned(validated: Any, tmp_path: Path) -> Any:
+    """Copies of the validated model that have learned nothing yet."""
+
+    def made() -> Any:
+        model = CD4Model.load(tmp_path / "validated", adata=validated.adata)
+        model.training_.pop("reliability", None)
+        return model
+
+    validated.save(tmp_path / "validated")
+    return made
+
+
+def test_what_is_learned_does_not_depend_on_the_first_call(unlearned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scldm_cd4.reliability.DEFAULT_N_CELLS", 30)
+    fresh, used = unlearned(), unlearned()
+    used.reliability("GATA3", n_cells=24, seed=7)
+    tables = [model.reliability("GATA3", n_cells=20, seed=0) for model in (fresh, used)]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0].attrs == tables[1].attrs
+    assert (tables[0].attrs["n_cells"], tables[0].attrs["seed"]) == (30, 0)
+    assert tables[0]["expected_pearson_delta"].notna().all()
+    used.fit_reliability(n_cells=20, seed=7)
+    again = used.reliability("GATA3", n_cells=20, seed=0)
+    assert (again.attrs["n_cells"], again.attrs["seed"]) == (20, 7)
+
+
+def test_cells_in_files_teach_what_cells_in_memory_do(unlearned: Any, tmp_path: Path) -> None:
+    model = unlearned()
+    adata = model.adata.copy()
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str)
+    adata.obs.iloc[::40, adata.obs.columns.get_loc("perturbation")] = "unknown"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    both = (adata, open_cells(tmp_path / "cells.h5ad"))
+    tables = [model.fit_reliability(cells, n_cells=20, seed=0) for cells in both]
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 19, "many", 20.5])
+def test_too_few_cells(trained: Any, n_cells: Any) -> None:
+    for learn in (trained.fit_reliability, trained.reliability):
+        with pytest.raises(DataError, match=r"n_cells must be (at least 20|a whole number)"):
+            learn(n_cells=n_cells, seed=0)

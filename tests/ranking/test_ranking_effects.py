@@ -1,5 +1,6 @@
 """Effects, evidence, and what stands beside a score."""
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,18 @@ from scipy import sparse
 
 from scldm_cd4 import DataError
 from scldm_cd4.data.cells import CellData
-from scldm_cd4.ranking.effects import Change, Observed, exchange, jackknife_variance, leave_one_out, shrink
+from scldm_cd4.ranking.effects import (
+    Change,
+    Observed,
+    Summariser,
+    exchange,
+    jackknife_variance,
+    leave_one_out,
+    shrink,
+)
 from scldm_cd4.ranking.evidence import HeldOut, held_out_conditions
+from scldm_cd4.ranking.population import Population
+from scldm_cd4.sampling import lognormal
 
 OPTIONS: dict[str, Any] = {"n_cells": 20, "seed": 0}
 
@@ -36,6 +47,56 @@ def test_observed_effects_are_pseudobulk_differences(ranked: Any, four_donors: A
     np.testing.assert_allclose(change.delta[0], expected, atol=1e-6)
     assert change.n_cells == (here & (obs["perturbation"] == "GATA3")).sum()
     assert change.delta.shape == (21, registry.n_genes)
+
+
+def test_moments_of_control_cells(four_donors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scldm_cd4.ranking.effects.PART", 7)
+    counts = sparse.csr_matrix(four_donors.X[:50])
+    found, values = Summariser().control(counts, 4), lognormal(counts).toarray().astype(float)
+    np.testing.assert_allclose(found.mean, values.mean(axis=0))
+    np.testing.assert_allclose(found.variance, values.var(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("with_population", [False, True])
+def test_observed_cells_are_held_one_condition_at_a_time(
+    ranked: Any, four_donors: Any, with_population: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = ranked._state.registry
+    cells, read = CellData.from_adata(four_donors, registry), CellData.counts
+    target = Population.of(cells.counts(slice(0, 30)), lambda c: c.toarray(), "edistance", np.random.default_rng(0))
+    made: list[weakref.ref[Any]] = []
+    held: list[int] = []
+
+    def watched(self: CellData, rows: Any) -> Any:
+        counts = read(self, rows)
+        made.append(weakref.ref(counts))
+        held.append(sum(ref() is not None for ref in made))
+        return counts
+
+    monkeypatch.setattr(CellData, "counts", watched)
+    observed = Observed(cells, registry, Summariser((target,) if with_population else ()))
+    contexts = [(d, t) for d in registry.donor.levels for t in registry.timepoint.levels]
+    controls = observed.controls(contexts, 20)
+    assert held == [1] * len(contexts)
+    for _ in observed.changes(["GATA3", "JAK2"], controls, 20):
+        pass
+    assert max(held) == 1 + with_population  # and as many control cells, for the perturbed gene
+
+
+def test_the_perturbed_gene_has_no_part_in_distances(ranked: Any, four_donors: Any) -> None:
+    registry = ranked._state.registry
+    gene, adata = registry.genes.index("GATA3"), four_donors.copy()
+    adata.X = adata.X.toarray()
+    adata.X[:, gene] = np.where(adata.obs["perturbation"] == "GATA3", 0, 5)  # nothing else is looked at
+    wanted = np.zeros((20, registry.n_genes))
+    wanted[:, gene] = np.arange(20)
+    rng = np.random.default_rng(0)
+    target = Population.of(sparse.csr_matrix(wanted), lambda c: c[:, [gene]].toarray(), "edistance", rng)
+    observed = Observed(CellData.from_adata(adata, registry), registry, Summariser((target,)))
+    contexts = [(d, "Rest") for d in registry.donor.levels]
+    change = next(observed.changes(["GATA3"], observed.controls(contexts, 20), 20))
+    for context in contexts:
+        np.testing.assert_allclose(*change[context].distances[:, 0].T)
 
 
 def test_absent_conditions_are_named_not_ranked(ranked: Any, four_donors: Any, signature: pd.Series) -> None:
@@ -164,7 +225,7 @@ def test_held_out_conditions_tell_the_error_of_the_model(ranked: Any, four_donor
 
 
 def test_empty_cells_can_be_summed() -> None:
-    from scldm_cd4.ranking.effects import Side, Summariser
+    from scldm_cd4.ranking.effects import Side
 
     arm = Summariser().arm(sparse.csr_matrix((20, 5)), 20)
     assert np.isfinite(Side.of(leave_one_out(20), arm).profiles).all()

@@ -57,3 +57,12 @@ def test_card_names_the_genes_that_drive_the_score(table: pd.DataFrame, four_don
     assert (axis[named] != 0).mean() > 0.7
     with pytest.raises(DataError, match="no score"):
         pl.candidate_card(table, "nobody")
+
+
+def test_card_is_silent_on_training_cells_that_are_not_known(table: pd.DataFrame) -> None:
+    """As of an imported checkpoint."""
+    words = pl.candidate_card(table, "GATA3").axes[2].texts[0].get_text()
+    assert "trained on" in words
+    unknown = pl.candidate_card(table.assign(n_train_cells=np.nan, n_train_contexts=np.nan), "GATA3")
+    lines = words.splitlines()
+    assert unknown.axes[2].texts[0].get_text().splitlines() == [line for line in lines if "trained on" not in line]

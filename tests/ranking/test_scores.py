@@ -1,5 +1,6 @@
 """Scores of effects against formulas and libraries; populations."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,34 @@ def test_one_sided_gene_set_is_against_the_rest() -> None:
     assert SCORES["mean_diff"](delta, weights, np.ones(10))[0, 0] == pytest.approx(
         delta[0, :3].mean() - delta[0, 3:].mean()
     )
+
+
+@pytest.mark.parametrize("method", ["edistance", "mmd"])
+@pytest.mark.parametrize("n_folds", [1, 7, 40])
+def test_pairs_are_summed_in_blocks(method: str, n_folds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    target, cells = rng.normal(size=(25, 3)), rng.normal(1.0, size=(33, 3))
+    wanted = Population.of(sparse.csr_matrix(target), lambda c: c.toarray(), method, rng)
+    monkeypatch.setattr("scldm_cd4.ranking.population.BLOCK", 5 * 33)
+    found = wanted.pairs(sparse.csr_matrix(cells), n_folds)
+    fold = np.arange(33) * n_folds // 33
+    members = (fold == np.arange(n_folds)[:, None]).astype(float)
+    own = wanted.dissimilarity(cells, cells) * (1 - np.eye(33))
+    np.testing.assert_allclose(found.within, members @ own @ members.T, rtol=1e-12)
+    np.testing.assert_allclose(found.cross, members @ wanted.dissimilarity(cells, target).mean(axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(found.sizes, members.sum(axis=1))
+
+
+def test_not_all_pairs_are_held_at_once() -> None:
+    rng = np.random.default_rng(5)
+    wanted = Population.of(sparse.csr_matrix(rng.normal(size=(30, 2))), lambda c: c.toarray(), "edistance", rng)
+    cells = sparse.csr_matrix(rng.normal(size=(4000, 2)))
+    tracemalloc.start()
+    try:
+        wanted.pairs(cells, 20)
+        assert tracemalloc.get_traced_memory()[1] < 30e6  # all take 128 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("method", ["edistance", "mmd"])

@@ -1,7 +1,8 @@
 """Effects of perturbations against the control of the same context, from generated or observed cells.
 
-The effect is the difference of the pseudobulk log1p(counts per 10,000). Cells are summed up in folds as they come and
-never kept: an effect comes as its estimate and the estimates without each fold (the delete-a-group jackknife).
+The effect is the difference of the pseudobulk log1p(counts per 10,000). Cells are summed up in folds, one condition
+(perturbation x context) at a time: an effect comes as its estimate and the estimates without each fold (the
+delete-a-group jackknife).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scldm_cd4._errors import DataError
+from scldm_cd4._passes import chunks
 from scldm_cd4.conditions import Request
 from scldm_cd4.data.cells import CellData
 from scldm_cd4.noise import stream
-from scldm_cd4.ranking.population import PairSums, Population
+from scldm_cd4.ranking.population import PairSums, Population, fold_members
 from scldm_cd4.registry import Registry
 from scldm_cd4.sampling import Sampler, draw, lognormal, resolve_library
 
@@ -24,6 +26,8 @@ FOLDS = 20
 """Parts into which the cells of a condition are cut."""
 MIN_OBSERVED = 10
 """Observed cells that a condition needs."""
+PART = 1000
+"""Cells that are normalised at a time."""
 TARGET_SUM = 1e4
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -66,7 +70,7 @@ class Control:
     variance: Array
     """Likewise."""
     counts: Any = None
-    """Of the cells (n, genes), kept where there are target populations."""
+    """Of generated cells (n, genes), kept where there are target populations."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,7 @@ def leave_one_out(folds: int) -> Array:
 
 def fold_sums(counts: Any, folds: int) -> Array:
     """Return the summed counts (folds, genes) of consecutive, equally large parts of the cells."""
-    from scipy import sparse
-
-    n = counts.shape[0]
-    fold = np.arange(n) * folds // n
-    members = sparse.csr_matrix((np.ones(n), (fold, np.arange(n))), shape=(folds, n))
-    return np.asarray((members @ counts).toarray(), dtype=np.float64)
+    return np.asarray((fold_members(counts.shape[0], folds) @ counts).toarray(), dtype=np.float64)
 
 
 def profile(sums: Array) -> Array:
@@ -194,18 +193,23 @@ class Summariser:
 
     populations: tuple[Population, ...] = ()
 
-    def arm(self, counts: Any, folds: int, control: Control | None = None, target: Mask | None = None) -> Arm:
-        """Sum up in folds; in distances, the perturbed gene has the counts of control cells, so that it has no part."""
-        cells = counts
-        if self.populations and control is not None and target is not None and target.any():
-            cells = exchange(counts, control.counts, target)
+    def exchanges(self, target: Mask) -> bool:
+        """Return whether a perturbed gene gets the counts of control cells, so that it has no part in distances."""
+        return bool(self.populations) and bool(target.any())
+
+    def arm(self, counts: Any, folds: int, control: Any = None, target: Mask | None = None) -> Arm:
+        """Sum up in folds; `control` are counts of control cells, for the perturbed gene in distances."""
+        cells = exchange(counts, control, target) if target is not None and self.exchanges(target) else counts
         return Arm(fold_sums(counts, folds), counts.shape[0], tuple(p.pairs(cells, folds) for p in self.populations))
 
     def control(self, counts: Any, folds: int) -> Control:
         """Sum up control cells in folds, with moments of their expression."""
-        values = lognormal(counts).astype(np.float64)
-        mean = np.asarray(values.mean(axis=0)).ravel()
-        square = np.asarray(values.multiply(values).mean(axis=0)).ravel()
+        n, n_genes = counts.shape
+        mean, square = np.zeros(n_genes), np.zeros(n_genes)
+        for some in chunks(n, PART):
+            values = lognormal(counts[some]).astype(np.float64)
+            mean += np.asarray(values.sum(axis=0)).ravel() / n
+            square += np.asarray(values.multiply(values).sum(axis=0)).ravel() / n
         kept = counts if self.populations else None
         return Control(self.arm(counts, folds), mean, np.maximum(square - mean**2, 0.0), kept)
 
@@ -249,7 +253,7 @@ class Generated:
                 target = target_genes(self.sampler.registry, name)
                 yield {
                     context: contrast(
-                        Side.of(rows, self.summariser.arm(next(cells), folds, controls[context], target)), side
+                        Side.of(rows, self.summariser.arm(next(cells), folds, controls[context].counts, target)), side
                     )
                     for context, side in base.items()
                 }
@@ -282,19 +286,21 @@ class Observed:
         """Return the observed cells of a condition."""
         return len(self._rows.get(labels, ()))
 
-    def _counts(self, labels: tuple[str, ...]) -> Any:
-        """Return the counts of a condition in a random order, or None with too few cells."""
-        rows = self._rows.get(labels)
-        if rows is None or len(rows) < MIN_OBSERVED:
-            return None
-        return self.cells.counts(stream(self.seed, labels, 0, "observed folds").permutation(rows))
+    def _counts(self, context: Context, name: str, at_most: int | None = None) -> Any:
+        """Return the counts of a condition in a random order, all or the first so many."""
+        labels = (*context, name)
+        order = stream(self.seed, labels, 0, "observed folds").permutation(self._rows[labels])
+        return self.cells.counts(order[:at_most])
 
     def controls(self, contexts: Sequence[Context], n_cells: int) -> dict[Context, Control]:
         """Sum up all control cells of each context."""
         assert self.registry.control is not None
-        counts = {context: self._counts((*context, self.registry.control)) for context in contexts}
-        folds = 2 * n_folds(n_cells)
-        return {context: self.summariser.control(c, folds) for context, c in counts.items() if c is not None}
+        name, folds = self.registry.control, 2 * n_folds(n_cells)
+        return {
+            context: replace(self.summariser.control(self._counts(context, name), folds), counts=None)
+            for context in contexts
+            if self.n_cells((*context, name)) >= MIN_OBSERVED
+        }
 
     def changes(
         self, names: Sequence[str], controls: Mapping[Context, Control], n_cells: int
@@ -304,15 +310,19 @@ class Observed:
         rows = leave_one_out(folds)
         base = {context: Side.of(np.hstack([rows, rows]), control.arm) for context, control in controls.items()}
         for name in names:
-            counts = {context: self._counts((*context, name)) for context in controls}
             target = target_genes(self.registry, name)
             yield {
-                context: contrast(
-                    Side.of(rows, self.summariser.arm(c, folds, controls[context], target)), base[context]
-                )
-                for context, c in counts.items()
-                if c is not None
+                context: contrast(Side.of(rows, self._arm(context, name, folds, target)), side)
+                for context, side in base.items()
+                if self.n_cells((*context, name)) >= MIN_OBSERVED
             }
+
+    def _arm(self, context: Context, name: str, folds: int, target: Mask) -> Arm:
+        counts, control = self._counts(context, name), None
+        if self.summariser.exchanges(target):
+            assert self.registry.control is not None
+            control = self._counts(context, self.registry.control, counts.shape[0])
+        return self.summariser.arm(counts, folds, control, target)
 
 
 @dataclass(frozen=True)
@@ -362,9 +372,8 @@ def jackknife_variance(left_out: Array) -> Array:
 
 def exchange(counts: Any, control: Any, genes: Mask) -> Any:
     """Return counts (n, genes) with some genes as in control cells, in order and from the start again if they end."""
-    out = counts.tolil(copy=True)
-    out[:, genes] = control[np.arange(counts.shape[0]) % control.shape[0]][:, genes]
-    return out.tocsr()
+    other = control[np.arange(counts.shape[0]) % control.shape[0]]
+    return (counts.multiply(~genes) + other.multiply(genes)).tocsr()
 
 
 def by_request(drawn: Any, requests: Sequence[Request]) -> Iterator[Any]:

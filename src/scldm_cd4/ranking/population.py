@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scldm_cd4._passes import chunks
 from scldm_cd4.data.cells import AlignmentReport, CellData
 from scldm_cd4.data.matrix import RowReader
 from scldm_cd4.embedding import latents
@@ -16,6 +17,8 @@ from scldm_cd4.registry import Registry
 
 MAX_TARGET = 1000
 """Cells of a target population that are compared with."""
+BLOCK = 1 << 20
+"""Distances that are held at a time."""
 Array = NDArray[np.float64]
 Embed = Callable[[Any], Array]
 """Counts (n, genes) to coordinates (n, d)."""
@@ -85,15 +88,24 @@ class Population:
         return d if self.method == "edistance" else -np.exp(-np.square(d) / (2 * self.bandwidth**2))
 
     def pairs(self, counts: Any, n_folds: int) -> PairSums:
-        """Sum up cells (n, genes) in consecutive, equally large folds."""
+        """Sum up cells (n, genes) in folds; of their distances, `BLOCK` are held at a time."""
         cells = self.embed(counts)
-        n = len(cells)
-        members = np.zeros((n_folds, n))
-        members[np.arange(n) * n_folds // n, np.arange(n)] = 1.0
-        own = self.dissimilarity(cells, cells)
-        np.fill_diagonal(own, 0.0)
-        cross = self.dissimilarity(cells, self.cells).mean(axis=1)
-        return PairSums(members @ cross, members @ own @ members.T, members.sum(axis=1), self.within)
+        members = fold_members(len(cells), n_folds)
+        cross, within = np.zeros(n_folds), np.zeros((n_folds, n_folds))
+        for some in chunks(len(cells), max(1, BLOCK // max(len(cells), len(self.cells)))):
+            own = self.dissimilarity(cells, cells[some])
+            own[some, np.arange(len(some))] = 0.0
+            within += members @ own @ members[:, some].T
+            cross += members[:, some] @ self.dissimilarity(cells[some], self.cells).mean(axis=1)
+        return PairSums(cross, within, np.asarray(members.sum(axis=1)).ravel(), self.within)
+
+
+def fold_members(n: int, folds: int) -> Any:
+    """Return which of n cells are in each of consecutive, equally large parts, CSR of 0 and 1 (folds, n)."""
+    from scipy import sparse
+
+    cells = np.arange(n)
+    return sparse.csr_matrix((np.ones(n), (cells * folds // n, cells)), shape=(folds, n))
 
 
 def latent_embedding(vae: Any, registry: Registry) -> Embed:

@@ -59,8 +59,9 @@ def group_table(
     table = table.join(_judged(good, criteria).set_axis(np.flatnonzero(ok)))
     table["passes_min_effect"] = table["passes_min_effect"].eq(True)
     seen = [[evidence(registry, (*c, name))[0] for c in group.contexts] for name in names]
-    table["n_train_cells"] = [sum(n) for n in seen]
-    table["n_train_contexts"] = [int(np.count_nonzero(n)) for n in seen]
+    is_known = bool(registry.train_counts)
+    table["n_train_cells"] = [sum(n) if is_known else np.nan for n in seen]
+    table["n_train_contexts"] = [int(np.count_nonzero(n)) if is_known else np.nan for n in seen]
     table["round"] = reached
     table["top_genes"] = [top_genes(registry, row) for row in rows]
     table["warning"] = [_warning(row, n, group) for row, n in zip(rows, table["n_train_cells"], strict=True)]
@@ -124,13 +125,13 @@ def _judged(rows: Sequence[Row], criteria: Criteria) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def _warning(row: Row | None, n_train: int, group: Group) -> str:
+def _warning(row: Row | None, n_train: float, group: Group) -> str:
     if row is None:
         return "not ranked: no cells of this perturbation in these contexts"
     if not np.isfinite(row.score):
         return "not ranked: the control is no farther from the target than chance"
     notes = []
-    if not n_train:
+    if n_train == 0:
         notes.append("no training cells in these contexts")
     if np.isnan(row.on_target):
         notes.append("the perturbed gene is not in the panel, so its knock-down cannot be checked")
