@@ -213,7 +213,8 @@ def _columns(registry: Registry, table: Any) -> dict[str, Any]:
         if column not in names:
             if column == N_CELLS:
                 continue
-            raise DataError(f"conditions has an unknown column {column!r}.{suggestion(column, names, 'columns are')}")
+            hint = suggestion(column, [*names, N_CELLS], "columns are")
+            raise DataError(f"conditions has an unknown column {column!r}.{hint}")
         if names[column] in found:
             raise DataError(f"conditions gives the {names[column]} twice: {found[names[column]]!r} and {column!r}")
         found[names[column]] = column

@@ -224,6 +224,25 @@ def test_library_sizes_from_the_pickles_of_the_reference(folder: Path, tmp_path:
     assert found["nested"]["Stim48hr"]["d2"]["sd"] == pytest.approx(np.sqrt(0.25 + 2 / 3))
 
 
+def test_unknown_numbers_of_training_cells_are_missing_and_no_reason_to_refuse(folder: Path, tmp_path: Path):
+    sizes = dict.fromkeys(flat(0.0), np.float64(4.5)), dict.fromkeys(flat(0.0), np.float64(0.2))
+    for name, values in zip(("mu", "sd"), sizes, strict=True):
+        (tmp_path / f"log_size_factor_{name}.pkl").write_bytes(pickle.dumps(values))
+    model = CD4Model.from_pretrained(folder, vocabulary=VOCABULARY, size_factors=tmp_path)
+    assert not model.registry["train_counts"]
+    scores = model.evaluate(cells(720), profile=["pearson_delta"], n_repeats=1, seed=0)
+    assert len(scores) == 12
+    assert scores.attrs["not_generated"] == []
+    assert np.isfinite(scores["value"]).all()
+    believed = model.reliability("GATA3", "d1", "Rest", n_cells=20, seed=0)
+    signature = pd.Series(np.random.default_rng(0).normal(size=N_GENES), index=GENES)
+    ranked = model.rank_perturbations(signature, n_cells=20, seed=0)
+    for table in (believed, ranked):
+        assert table[["n_train_cells", "n_train_contexts"]].isna().all(axis=None)
+    assert believed["n_train_cells_perturbation"].isna().all()
+    assert not ranked["warning"].str.contains("training cells").any()
+
+
 class Harm:
     """What a hostile pickle does."""
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from scldm_cd4 import CD4Model, datasets
+from scldm_cd4 import CD4Model, datasets, metrics
 from scldm_cd4.checkpoint.native import load_folder
 from scldm_cd4.cli import main
 from scldm_cd4.cli._arguments import EXAMPLES
@@ -235,6 +235,64 @@ def test_generate_rank_and_evaluate(
     monkeypatch.setattr("scldm_cd4.pl.embed_like", lambda first, *others, seed: [x[:, :2] for x in others])
     run(capsys, *arguments[:-2], "--allow-missing", "--report", page)
     assert "<html" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:The decoder makes little use")
+def test_evaluate_a_model_on_its_held_out_cells(
+    tiny: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts in a layer, which the model knows; the page is of the same cells as the table."""
+    adata = datasets.synthetic_cd4(400, 40, n_perturbations=2, n_donors=1, n_timepoints=1, seed=0)
+    adata.layers["counts"], adata.X = adata.X, adata.X.log1p()
+    data, folder, scores, page = (tmp_path / name for name in ("c.h5ad", "m", "s.csv", "p.html"))
+    adata.write_h5ad(data)
+    keys = ("--perturbation-key", "perturbation", "--donor-key", "donor_id", "--control", "NTC", "--layer", "counts")
+    train = ("train", data, *keys, "--preset", "tiny", "--test", 0.3, "--seed", 0, "--device", "cpu", "--out", folder)
+    assert main([*map(str, train)]) == 0
+    assert f"scored by: scldm-cd4 evaluate {data} --model {folder}" in capsys.readouterr().err
+    model = CD4Model.load(folder, adata, device="cpu")
+    shown = []
+    report = metrics.report
+    monkeypatch.setattr(metrics, "report", lambda **options: shown.append(options) or report(**options))
+    monkeypatch.setattr("scldm_cd4.metrics.page.parts.sections", lambda *_: [])  # takes long
+    how = ("--profile", "minimal", "--seed", 3, "--min-cells", 8)
+    run(capsys, "evaluate", data, "--model", folder, "--device", "cpu", *how, "--out", scores, "--report", page)
+    expected = model.evaluate(profile="minimal", min_cells=8, seed=3)
+    found = pd.read_csv(scores, keep_default_na=False, na_values=[""])
+    pd.testing.assert_frame_equal(found.drop(columns="note"), expected.drop(columns="note"), check_dtype=False)
+    assert "<html" in page.read_text(encoding="utf-8")
+
+    real, pred, trained = (shown[0][side] for side in ("real", "pred", "train"))
+    real.layers["counts"], real.X = real.X, real.X.log1p()
+    files = held, made, seen = [tmp_path / f"{name}.h5ad" for name in ("held_out", "generated", "train")]
+    for side, path in zip((real, pred, trained), files, strict=True):
+        side.write_h5ad(path)
+    scores.write_text(run(capsys, "evaluate", held, made, "--train", seen, "--layer", "counts", *how))
+    pd.testing.assert_frame_equal(pd.read_csv(scores, keep_default_na=False, na_values=[""]), found)
+
+    assert "either PRED" in run(capsys, "evaluate", data, status=2)
+    assert "either PRED" in run(capsys, "evaluate", data, made, "--model", folder, status=2)
+    assert "--layer is for files" in run(capsys, "evaluate", data, "--model", folder, "--layer", "counts", status=2)
+    assert "does not hold the cells that" in run(capsys, "evaluate", held, "--model", folder, status=2)
+
+
+def test_evaluate_finds_targets_by_symbol(cells: Path, tmp_path: Path, capsys) -> None:
+    adata = ad.read_h5ad(cells)
+    made = adata[(adata.obs["perturbation"] != "NTC").to_numpy()].copy()
+    made.var["symbol"] = made.var_names
+    made.uns["scldm_cd4"] = {"perturbation_key": "perturbation", "control": "NTC"}
+    paths = tmp_path / "real.h5ad", tmp_path / "made.h5ad"
+    for side, path in zip((adata, made), paths, strict=True):
+        side.obs_names = side.obs_names + path.stem
+        side.X = np.random.default_rng(len(path.stem)).poisson(side.X.toarray()).astype(np.float32)
+        side.var_names = [f"ENS{i}" for i in range(side.n_vars)]
+        side.write_h5ad(path)
+    text = run(capsys, "evaluate", *paths, "--profile", "minimal", "--genes", "intersection")
+    assert "its target is not among the genes" not in text
+    assert "'targ' is not a column" in run(capsys, "evaluate", *paths, "--perturbation-key", "targ", status=2)
+    made.var = made.var[[]]
+    made.write_h5ad(paths[1])
+    assert "its target is not among the genes" in run(capsys, "evaluate", *paths, "--profile", "minimal")
 
 
 def test_info_and_validate(model: Path, cells: Path, trained: CD4Model, tmp_path: Path, capsys):

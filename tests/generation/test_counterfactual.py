@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scldm_cd4 import DataError, UnknownCategoryError
+from scldm_cd4 import DataError, GeneMismatchError, UnknownCategoryError
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,13 @@ def test_size_factors_and_file(trained: Any, some: Any, tmp_path: Any) -> None:
 def test_refused(trained: Any, some: Any, options: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         trained.generate(cells=some, **options)
+
+
+def test_cells_without_a_gene_of_the_model_are_refused(trained: Any, some: Any) -> None:
+    with pytest.raises(
+        GeneMismatchError, match="where a method takes it, as get_latent does; all others need all genes"
+    ):
+        trained.generate(cells=some[:, 5:].copy(), perturbation="NTC")
 
 
 def test_unknown_donor_of_the_cells_is_refused(trained: Any, some: Any) -> None:

@@ -210,6 +210,7 @@ def test_guidance_holds_within_its_interval(trained: Any, cells: Any) -> None:
         ({"genes": "GATA3", "output": "latent"}, DataError, "no meaning"),
         ({"conditions": pd.DataFrame({"perturbation": ["NTC"]}), "perturbation": "NTC"}, DataError, "not both"),
         ({"conditions": pd.DataFrame({"perturbation": ["NTC"]})}, DataError, "needs a column 'donor_id'"),
+        ({"conditions": pd.DataFrame({"perturbation": ["NTC"], "n": [3]})}, DataError, "column 'n'.*'n_cells'"),
         ({"conditions": pd.DataFrame()}, DataError, "no rows"),
         ({"conditions": {"perturbation": ["NTC"]}}, DataError, "DataFrame"),
     ],

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scldm_cd4 import metrics
+from scldm_cd4 import CD4Model, metrics
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics import baselines
 from scldm_cd4.metrics.baselines import shifts
@@ -51,6 +51,15 @@ def train():
 @pytest.fixture(scope="module")
 def wanted():
     return pd.DataFrame(HELD, columns=["donor", "target"])
+
+
+def test_counts_and_genes_are_where_they_were_declared(train, wanted):
+    var = pd.DataFrame({"id": GENES}, index=[f"symbol{i}" for i in range(len(GENES))])
+    moved = ad.AnnData(metrics.log_normalize(train), obs=train.obs, var=var, layers={"counts": train.X})
+    CD4Model.setup_anndata(moved, perturbation_key="target", layer="counts", gene_id_key="id")
+    sides = [baselines.predict("additive", cells, wanted, n_cells=5, **KEYS) for cells in (train, moved)]
+    assert list(sides[1].var_names) == GENES
+    assert (sides[0].X != sides[1].X).nnz == 0
 
 
 def test_every_baseline_emits_whole_counts_and_says_what_it_uses(train, wanted):
@@ -182,6 +191,21 @@ def test_unchanged_mean_leaves_cells_as_they_are():
     share = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
     share /= share.sum()
     assert (emit_counts(counts, share, share, np.random.default_rng(2)) != counts).nnz == 0
+
+
+def test_conditions_are_read_as_cells_are(train, wanted):
+    doses = {label: float(i) for i, label in enumerate([CONTROL, *LABELS])}
+    obs = train.obs.assign(time=8.0, target=train.obs["target"].map(doses))
+    keys = {"perturbation_key": "target", "context_keys": ["donor", "time"], "control": 0.0}
+    asked = obs[obs["target"] == doses["C"]].drop_duplicates().assign(n_cells=3.0)
+    cells = baselines.predict("control", ad.AnnData(train.X, obs=obs, var=train.var), asked, **keys)
+    assert cells.n_obs == 9
+    assert set(cells.obs["time"]) == {"8"}
+    for n in (2.7, 0, np.nan):
+        with pytest.raises(DataError, match=f"whole number of at least 1, got {n} in row 1 of conditions"):
+            baselines.predict("control", train, wanted.assign(n_cells=[3, n]), **KEYS)
+        with pytest.raises(DataError, match="whole number of at least 1"):
+            baselines.predict("control", train, wanted, n_cells=n, **KEYS)
 
 
 def test_mistakes_are_named(train, wanted):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scldm_cd4 import metrics
+from scldm_cd4 import CD4Model, metrics
 from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.metrics import registry
 
@@ -244,7 +244,7 @@ class TestAlignment:
 
     def test_genes_must_be_the_same_or_the_intersection_asked_for(self, real, pred):
         fewer = pred[:, GENES[:50]]
-        with pytest.raises(GeneMismatchError, match="pred: 10 genes of real are missing"):
+        with pytest.raises(GeneMismatchError, match="pred: 10 genes of real are missing.*genes='intersection'"):
             quick(real, fewer)
         table = quick(real, fewer, genes="intersection", profile=["mse"])
         assert table.attrs["genes_left_out"] == {"real": 10, "pred": 0}
@@ -302,6 +302,28 @@ class TestAlignment:
             quick(*sides, profile=["mse"])
         table = quick(*sides, profile=["mse"], target_genes={"KD1": "g01", "KD2": None})
         assert table.attrs["targets_left_out"] == 10
+        assert not table["note"].str.contains("target").any()
+
+    def test_no_target_found_is_noted_and_no_reason_to_warn(self, real, pred):
+        var = pd.DataFrame(index=[f"ENS{gene}" for gene in GENES])
+        sides = [ad.AnnData(side.X, obs=side.obs, var=var) for side in (real, pred)]
+        metric = ["energy_distance", "mse", "discrimination_l1", "de_f1"]
+        table = quick(*sides, profile=metric)
+        assert table.attrs["targets_left_out"] == 0
+        is_noted = table["note"].str.contains("its target is not among the genes")
+        assert (is_noted == (table["metric"] != "energy_distance")).all()
+        named = quick(*sides, profile=metric, target_genes={label: f"ENS{label}" for label in LABELS})
+        pd.testing.assert_frame_equal(named, quick(real, pred, profile=metric))
+        assert not named["note"].str.contains("target").any()
+
+    def test_discrimination_where_most_genes_are_targets(self, real, pred):
+        """Leaving out all targets would leave no gene, or too few to tell effects apart."""
+        names = ["discrimination_cosine", "discrimination_l1", "discrimination_l2"]
+        some = {n: quick(real[:, GENES[:n]], pred[:, GENES[:n]], profile=names) for n in (6, 7, 25, 26)}
+        for n, table in some.items():
+            assert table["value"].between(0, 1).all(), n
+            assert table["note"].str.contains("targets of other conditions not left out").all() == (n < 26), n
+            assert (table["note"] == "").all() == (n == 26), n
 
 
 class TestValues:
@@ -323,8 +345,40 @@ class TestValues:
             sides.append(moved)
         found = quick(*sides, layer="counts", profile=["mse"])
         np.testing.assert_allclose(found["value"], quick(real, pred, profile=["mse"])["value"])
-        with pytest.raises(DataError, match="layer='counts'"):
+        with pytest.raises(DataError, match="layer='counts'.*input_type='lognorm'"):
             quick(*sides, profile=["mse"])
+        mixed = quick(sides[0], pred, layer="counts", profile=["mse"])  # of cells without the layer it is X
+        np.testing.assert_allclose(mixed["value"], found["value"])
+        with pytest.raises(DataError, match="no layer 'count'. Near matches: 'counts'"):
+            quick(*sides, layer="count", profile=["mse"])
+
+    def test_counts_and_genes_are_where_they_were_declared(self, real, pred, train):
+        """Generated cells carry no declaration: X and var_names."""
+        sides = []
+        for side in (real, train):
+            var = pd.DataFrame({"id": GENES}, index=[f"symbol{i}" for i in range(60)])
+            moved = ad.AnnData(metrics.log_normalize(side), obs=side.obs, var=var, layers={"counts": side.X})
+            moved = moved[:, ::-1].copy()
+            CD4Model.setup_anndata(moved, perturbation_key="target", layer="counts", gene_id_key="id")
+            sides.append(moved)
+        made = pred.copy()
+        made.uns["scldm_cd4"] = {"perturbation_key": "target", "donor_key": "donor", "control": CONTROL}
+        names = ["mse", "de_f1", "pearson_delta"]
+        expected = quick(real[:, ::-1], pred, train=train, profile=names)
+        for layer in (None, "counts"):
+            found = metrics.evaluate(
+                sides[0], made, train=sides[1], layer=layer, profile=names, baselines=[], ceilings=False
+            )
+            pd.testing.assert_frame_equal(found, expected)
+        convention = metrics.compat.evaluate(sides[0], made, "scldm")
+        plain = metrics.compat.evaluate(real[:, ::-1], pred, "scldm", **KEYS)
+        np.testing.assert_allclose(convention["value"], plain["value"])
+        normalised = ad.AnnData(metrics.log_normalize(pred), obs=pred.obs, var=pred.var)
+        lognorm = quick(sides[0], normalised, input_type="lognorm", profile=["w1"])  # X, not the counts
+        np.testing.assert_allclose(lognorm["value"], quick(real, pred, profile=["w1"])["value"])
+        del sides[0].layers["counts"]
+        with pytest.raises(DataError, match="real: setup_anndata declared .* which is not there any more"):
+            quick(sides[0], pred)
 
     def test_own_totals_and_library_size_as_a_metric_of_its_own(self, real, pred):
         double = pred.copy()

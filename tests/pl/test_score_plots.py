@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from scldm_cd4 import DataError, GeneMismatchError, metrics, pl
+from scldm_cd4 import CD4Model, DataError, GeneMismatchError, metrics, pl
 
 FACTS = {"perturbation_key": "perturbation", "donor_key": "donor", "control": "NT", "output": "counts"}
 
@@ -131,6 +131,30 @@ def test_overlay_matches_composition(real: Any, generated: Any) -> None:
     other.obs["perturbation"] = "B"
     with pytest.raises(DataError, match="none is shared"):
         pl.overlay(real, other, method="pca")
+
+
+def test_plots_read_counts_and_genes_where_they_were_declared(real: Any, generated: Any) -> None:
+    var = pd.DataFrame({"id": real.var_names.to_numpy()}, index=[f"symbol{i}" for i in range(30)])
+    moved = ad.AnnData(metrics.log_normalize(real), obs=real.obs, var=var, layers={"counts": real.X})
+    drawers = {
+        "scatter": lambda cells, **how: pl.delta_scatter(cells, generated, "A", **how).collections[0],
+        "qc": lambda cells, **how: pl.qc(cells, generated, **how).axes[2].collections[0],
+        "overlay": lambda cells, **how: pl.overlay(cells, generated, method="pca", **how).axes[2].collections[0],
+    }
+    undeclared = ad.AnnData(moved.X, obs=real.obs, var=real.var, layers=dict(moved.layers))
+    CD4Model.setup_anndata(moved, perturbation_key="perturbation", layer="counts", gene_id_key="id")
+    for name, draw in drawers.items():
+        expected = np.asarray(draw(real).get_offsets())
+        for found in (draw(moved), draw(moved, layer="counts"), draw(undeclared, layer="counts")):
+            np.testing.assert_allclose(found.get_offsets(), expected, err_msg=name)
+        with pytest.raises(DataError, match=r"layer='counts'\)\.$"):  # and nothing on what plots do not take
+            draw(undeclared)
+        with pytest.raises(
+            GeneMismatchError, match=r"same names \(setup_anndata\(gene_id_key=\) chooses a var column\)$"
+        ):
+            draw(ad.AnnData(real.X, obs=real.obs, var=var))
+        with pytest.raises(DataError, match="no layer 'raw'"):
+            draw(moved, layer="raw")
 
 
 def test_overlay_of_few_cells_says_what_is_too_few(real: Any, generated: Any) -> None:

@@ -14,7 +14,7 @@ EXAMPLES = {
     "generate": "scldm-cd4 generate model --perturbation GATA3 NTC --donor D1 --n-cells 500 --out generated.h5ad",
     "merge": "scldm-cd4 merge generated.h5ad.units",
     "rank": "scldm-cd4 rank model --target signature.csv --timepoint Stim8hr > ranking.csv",
-    "evaluate": "scldm-cd4 evaluate held_out.h5ad generated.h5ad --train train.h5ad --out scores.csv",
+    "evaluate": "scldm-cd4 evaluate cells.h5ad --model model --out scores.csv --report report.html",
     "convert": "scldm-cd4 convert released_folder model --vocabulary train.h5ad",
     "info": "scldm-cd4 info model --json",
     "validate": "scldm-cd4 validate cells.h5ad --perturbation-key target --control NTC",
@@ -174,12 +174,19 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         commands,
         "evaluate",
         "score generated cells beside held-out real ones, with baselines",
-        "Score generated cells of any model. One row per condition and metric, beside floor, ceiling and baselines. "
-        "CSV goes to stdout or --out.",
+        "Score a model on the cells that its training held out: evaluate REAL --model MODEL, with the file that it was "
+        "trained on. Or generated cells of any model: evaluate REAL PRED --train FILE, with REAL held out and FILE "
+        "trained on. One row per condition and metric, beside floor, ceiling and baselines. CSV goes to stdout or "
+        "--out.",
         "_use:evaluate",
     )
-    p.add_argument("real", type=Path, metavar="REAL", help="h5ad of held-out cells with their controls")
-    p.add_argument("pred", type=Path, metavar="PRED", help="h5ad of generated cells")
+    p.add_argument(
+        "real", type=Path, metavar="REAL", help="h5ad of held-out cells with their controls; with --model, of all cells"
+    )
+    p.add_argument("pred", type=Path, metavar="PRED", nargs="?", help="h5ad of generated cells")
+    p.add_argument(
+        "--model", metavar="MODEL", help="in place of PRED: what this model generates for its held-out cells"
+    )
     p.add_argument("--train", type=Path, metavar="FILE", help="h5ad of the training cells, which baselines need")
     p.add_argument("--out", type=Path, metavar="FILE", help="CSV to write")
     p.add_argument("--report", type=Path, metavar="FILE", help="HTML page with figures to write beside")
@@ -188,6 +195,13 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--allow-missing", action="store_true", help="score the conditions that both files have")
     p.add_argument("--context-keys", nargs="+", metavar="COLUMN", help="default: as the generated cells say")
     p.add_argument("--control", metavar="LABEL", help="default: as the generated cells say")
+    p.add_argument(
+        "--layer", metavar="NAME", help="layer of the raw counts in files that have it; default: as they say, else X"
+    )
+    p.add_argument("--genes", choices=("exact", "intersection"), default="exact", help="default %(default)s")
+    p.add_argument(
+        "--min-cells", type=positive, default=10, metavar="N", help="of a condition to be scored (default %(default)s)"
+    )
     _common(p)
 
 

@@ -66,6 +66,8 @@ def train(options: argparse.Namespace) -> str:
         return ""
     model.save(options.out, overwrite=options.overwrite or options.resume)
     shutil.rmtree(state, ignore_errors=True)
+    if options.test and model.is_trained_:
+        say(f"held-out cells are scored by: scldm-cd4 evaluate {plan.data} --model {options.out}")
     return f"{options.out}\n"
 
 

@@ -7,14 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from scldm_cd4 import CD4Model, metrics, open_cells
+from scldm_cd4 import CD4Model, metrics, open_cells, pp
 from scldm_cd4._errors import DataError
 from scldm_cd4._whole import whole_file
 from scldm_cd4.cli._paths import check_free, say, write_table
 from scldm_cd4.data.files import open_h5ad
+from scldm_cd4.data.labels import read_labels
 from scldm_cd4.distributed import generate_divided, merge_units, run_folder
 from scldm_cd4.engines import Engine, Ray, Units, local_device
+from scldm_cd4.metrics.cells.samples import Keys
 from scldm_cd4.units import ENDING, RunFolder
+
+OF_FILES = ("perturbation_key", "context_keys", "control", "layer", "genes", "allow_missing")
+"""What `evaluate` is told of files of generated cells."""
 
 
 def encode(options: argparse.Namespace) -> str:
@@ -127,22 +132,62 @@ def evaluate(options: argparse.Namespace) -> str:
         check_free(options.out, options.overwrite, (".csv",))
     if options.report is not None:
         check_free(options.report, options.overwrite, (".html",))
-    paths = (options.real, options.pred, options.train)
-    real, pred, train = (None if path is None else open_h5ad(path) for path in paths)
-    say("scoring ...")
-    shared: dict[str, Any] = {
-        "train": train,
-        "perturbation_key": options.perturbation_key,
-        "context_keys": options.context_keys,
-        "control": options.control,
-        "allow_missing": options.allow_missing,
-        "seed": options.seed or 0,
-    }
-    table = metrics.evaluate(real, pred, profile=options.profile, **shared)
+    if (options.pred is None) == (options.model is None):
+        raise DataError("give either PRED, a file of generated cells, or --model MODEL, which generates them")
+    table, cells = _score_files(options) if options.model is None else _score_model(options)
     if options.report is not None:
         say("drawing ...")
-        metrics.report(real, pred, options.report, table=table, overwrite=options.overwrite, **shared)
+        metrics.report(path=options.report, table=table, overwrite=options.overwrite, **cells)
     return write_table(table, options.out)
+
+
+def _score_files(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Score generated cells of a file; return the table, and what a page is made of."""
+    paths = {"real": options.real, "pred": options.pred, "train": options.train}
+    cells: dict[str, Any] = {what: None if path is None else open_h5ad(path) for what, path in paths.items()}
+    cells |= {name: getattr(options, name) for name in (*OF_FILES, "min_cells")} | {"seed": options.seed or 0}
+    keys = Keys.resolve(cells["pred"], options.perturbation_key, options.context_keys, options.control)
+    cells["target_genes"] = _targets(cells["pred"], keys.perturbation)
+    say("scoring ...")
+    return metrics.evaluate(profile=options.profile, **cells), cells
+
+
+def _score_model(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Score what a model generates for the cells that its training held out, likewise."""
+    defaults = {"genes": "exact", "allow_missing": False}
+    if given := [name for name in ("train", *OF_FILES) if getattr(options, name) != defaults.get(name)]:
+        raise DataError(f"--{given[0].replace('_', '-')} is for files of generated cells: leave it out with --model")
+    adata = open_cells(options.real)
+    model = CD4Model.from_pretrained(options.model, adata=adata, device=options.device)
+    train, test, validation = model.train_indices, model.test_indices, model.validation_indices
+    if train is None or test is None or validation is None:
+        raise DataError(
+            f"{options.real} does not hold the cells that {options.model} was trained on, in their order, so that the "
+            "held-out ones are not known: give the file that `scldm-cd4 train` was given, or held-out and generated "
+            "cells as REAL PRED"
+        )
+    name, held = ("test", test) if len(test) else ("validation", validation)
+    say(f"generating and scoring {len(held)} {name} cells ...")
+    seed = options.seed or 0
+    table = model.evaluate(profile=options.profile, min_cells=options.min_cells, seed=seed)
+    if options.report is None:
+        return table, {}
+    keys = [*table.attrs["context_keys"], table.attrs["perturbation_key"]]
+    conditions = table.drop_duplicates(["context", "perturbation"])
+    wanted = conditions.iloc[:, 1 : 1 + len(keys)].set_axis(keys, axis=1).assign(n_cells=conditions["n_real"])
+    pred = model.generate(conditions=wanted, seed=seed)  # the same cells again
+    cells: dict[str, Any] = {"pred": pred, "target_genes": _targets(pred, keys[-1])}
+    for what, rows in (("real", held), ("train", train)):
+        cells[what], _ = pp.prepare_query_anndata(adata.to_memory(rows), model)
+    return table, cells | {"allow_missing": True, "min_cells": options.min_cells, "seed": table.attrs["seed"]}
+
+
+def _targets(pred: Any, key: str) -> dict[str, str]:
+    """Give the gene of each perturbation that a string column of ``var`` names, and ``var_names`` does not."""
+    labels = set(read_labels(pred.obs, key, "perturbation_key")[1]) - set(pred.var_names)
+    columns = [pred.var[name] for name in pred.var.select_dtypes(exclude=["number", "bool"])]
+    named = [(label, gene) for column in columns for gene, label in column.items() if label in labels]
+    return dict(reversed(named))  # the first one counts
 
 
 def _signature(path: Path) -> pd.Series:

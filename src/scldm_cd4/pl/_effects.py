@@ -41,6 +41,7 @@ def delta_scatter(
     perturbation_key: str | None = None,
     context_keys: str | Sequence[str] | None = None,
     control: str | None = None,
+    layer: str | None = None,
     title: str | None = None,
     ax: Any = None,
     save: str | Path | None = None,
@@ -67,6 +68,8 @@ def delta_scatter(
         Gene of the perturbation, which is drawn as a cross and left out of the correlation; the label by default.
     perturbation_key, context_keys, control
         Columns of ``obs`` and the label of the control; from ``generated.uns["scldm_cd4"]`` by default.
+    layer
+        Layer with the counts of the cells that have it; by default as ``setup_anndata`` declared, else ``X``.
     title
         Of the plot; the perturbation by default. Say here whether the cells are simulated.
     ax
@@ -90,12 +93,11 @@ def delta_scatter(
     >>> ax = pl.delta_scatter(real, cells, "GATA3", n_named=5, title="GATA3, SIMULATED")
     """
     from scldm_cd4.metrics import chance_level, safe_pearson
-    from scldm_cd4.metrics.cells.genes import common_genes
-    from scldm_cd4.metrics.cells.samples import Keys, read_sample
+    from scldm_cd4.metrics.cells.samples import Keys, read_samples
 
     keys = Keys.resolve(generated, perturbation_key, context_keys, control)
-    names = common_genes({"real": real, "generated": generated})
-    truth, guess = (read_sample(adata, keys, names, what) for what, adata in (("real", real), ("generated", generated)))
+    truth, guess = read_samples({"real": real, "generated": generated}, keys, layer=layer).values()
+    names = truth.genes
     effects, n = _effects(truth, guess, str(perturbation), keys.control)
     keep = names.astype(str) != (target_gene or str(perturbation))
     x, y = effects
@@ -230,13 +232,12 @@ def de_volcano(
 def _test(cells: Any, perturbation: str | None, control: str | None) -> tuple[Any, str]:
     """Test the cells of a perturbation against their controls, and say how many cells there were."""
     from scldm_cd4.metrics import de_genes
-    from scldm_cd4.metrics.cells.genes import gene_names
-    from scldm_cd4.metrics.cells.samples import Keys, read_sample
+    from scldm_cd4.metrics.cells.samples import Keys, read_samples
 
     if perturbation is None:
         raise DataError("say which perturbation to test: de_volcano(cells, perturbation=...)")
     keys = Keys.resolve(cells, control=control)
-    sample = read_sample(cells, keys, gene_names(cells, "cells"), "cells")
+    sample = read_samples({"cells": cells}, keys)["cells"]
     contexts = [key[:-1] for key in sample.groups if key[-1] == perturbation]
     contexts = [context for context in contexts if len(sample.rows((*context, keys.control)))]
     if not contexts:

@@ -23,6 +23,7 @@ def overlay(
     method: str = "umap",
     perturbation_key: str | None = None,
     context_keys: str | Sequence[str] | None = None,
+    layer: str | None = None,
     named: Sequence[str] | None = None,
     n_cells: int = 2000,
     n_components: int = 30,
@@ -50,6 +51,8 @@ def overlay(
         ``umap``, or ``pca`` for the first two principal components of the reference.
     perturbation_key, context_keys
         Columns of ``obs``; from ``generated.uns["scldm_cd4"]`` by default.
+    layer
+        Layer with the counts of the cells that have it; by default as ``setup_anndata`` declared, else ``X``.
     named
         Perturbations with a colour of their own, at most 7; by default those farthest from the average cell.
     n_cells
@@ -85,8 +88,7 @@ def overlay(
     >>> figure = pl.overlay(real, cells, reference=train, method="pca", title="SIMULATED")
     """
     from scldm_cd4.metrics import fit_projection
-    from scldm_cd4.metrics.cells.genes import common_genes
-    from scldm_cd4.metrics.cells.samples import Keys, read_sample
+    from scldm_cd4.metrics.cells.samples import Keys, read_samples
 
     if method not in METHODS:
         raise DataError(f"method must be one of {tuple(METHODS)}, got {method!r}")
@@ -94,8 +96,7 @@ def overlay(
         raise DataError(f"n_cells must be at least 1, got {n_cells!r}")
     keys = Keys.resolve(generated, perturbation_key, context_keys, control="")
     sides = {"real": real, "generated": generated} | ({} if reference is None else {"reference": reference})
-    genes = common_genes(sides)
-    samples = {what: read_sample(adata, keys, genes, what) for what, adata in sides.items()}
+    samples = read_samples(sides, keys, layer=layer)
     rng = np.random.default_rng([seed, 3])
     kinds, shaping = _choose(samples["real"], samples["generated"], reference is None, n_cells, rng)
     shapes = samples["real"].values[shaping] if reference is None else samples["reference"].values
@@ -103,7 +104,7 @@ def overlay(
     if shapes.shape[0] < 4:
         hint = "; give other real cells as reference=" if reference is None else ""
         raise DataError(f"a plane needs at least 4 reference cells, got {shapes.shape[0]}{hint}")
-    axes = fit_projection(shapes, min(n_components, shapes.shape[0] - 1, len(genes) - 1))
+    axes = fit_projection(shapes, min(n_components, shapes.shape[0] - 1, shapes.shape[1] - 1))
     origin = (samples["real"], samples["real"], samples["generated"])
     features = [axes.apply(sample.values[rows]) for sample, rows in zip(origin, kinds, strict=True)]
     places = [x[:, :2] for x in features] if method == "pca" else embed_like(axes.apply(shapes), *features, seed=seed)

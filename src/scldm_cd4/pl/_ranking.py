@@ -212,8 +212,9 @@ def _words(row: Any, n: int) -> str:
         f"false discovery rate {row['fdr']:.2g}",
         f"effect size {row['effect_ratio']:.1f} times its size by chance",
         f"same sign in {row['n_donors_agree']:.0f} of {row['n_donors']:.0f} donors",
-        f"trained on {row['n_train_cells']:.0f} cells in {row['n_train_contexts']:.0f} contexts",
     ]
+    if np.isfinite(row["n_train_cells"]):
+        lines.append(f"trained on {row['n_train_cells']:.0f} cells in {row['n_train_contexts']:.0f} contexts")
     if np.isfinite(row["ontarget_pred_log2fc"]):
         lines.append(f"predicted knock-down, log2: {row['ontarget_pred_log2fc']:.2f}")
     return "\n".join([*lines, *([row["warning"]] if row["warning"] else [])])

@@ -202,7 +202,7 @@ def qc(
     generated
         Generated cells with ``output="counts"`` and the same genes in any order.
     layer
-        Layer of `real` with the counts; None for ``X``.
+        Layer with the counts of the cells that have it; by default as ``setup_anndata`` declared, else ``X``.
     title
         Of the figure; say here whether the cells are simulated.
     seed
@@ -226,15 +226,17 @@ def qc(
     >>> figure = pl.qc(real, cells, title="SIMULATED")
     """
     from scldm_cd4.metrics.cells.genes import common_genes
+    from scldm_cd4.metrics.cells.places import layers_of
 
-    genes = common_genes({"real": real, "generated": generated})
+    cells = {"real": real, "generated": generated}
+    genes, layers = common_genes(cells), layers_of(cells, layer)
     n = min(real.n_obs, generated.n_obs)
     if n < 1:
         raise DataError("there are no cells to draw")
     rng = np.random.default_rng([seed, 5])
     sides = [
-        _counts(adata, genes, np.sort(rng.permutation(adata.n_obs)[:n]), where, what)
-        for adata, where, what in ((real, layer, "real"), (generated, None, "generated"))
+        _counts(adata, genes, np.sort(rng.permutation(adata.n_obs)[:n]), layers[what], what)
+        for what, adata in cells.items()
     ]
     figure = new_figure((12.0, 3.7))
     library, expressed, zeros = figure.subplots(1, 3)
@@ -262,10 +264,15 @@ def qc(
 
 def _counts(adata: Any, genes: np.ndarray, rows: np.ndarray, layer: str | None, what: str) -> Any:
     """Return the counts of some cells, CSR, genes in the order of the names."""
-    from scldm_cd4.data.matrix import RowReader, check_block
+    from scldm_cd4.data.matrix import RowReader, check_block, counts_hint
+    from scldm_cd4.metrics.cells.genes import gene_names
 
-    position = {str(name): i for i, name in enumerate(adata.var_names)}
+    names = gene_names(adata, what)
+    position = {name: i for i, name in enumerate(names)}
     reader = RowReader(adata, layer)
-    block = reader.read(rows)
-    check_block(block, 0, f"{reader.where} of the {what} cells", adata.obs_names[rows], adata.var_names)
-    return block[:, [position[str(name)] for name in genes]]
+    block, where = reader.read(rows), f"{reader.where} of the {what} cells"
+    try:
+        check_block(block, 0, where, adata.obs_names[rows], names)
+    except DataError as error:
+        raise DataError(f"{error}{counts_hint(adata, layer)}") from None
+    return block[:, [position[name] for name in genes]]

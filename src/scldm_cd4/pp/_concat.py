@@ -6,7 +6,7 @@ import numpy as np
 
 from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.data.mudata import is_mudata, modality_of, with_modality
-from scldm_cd4.data.setup import SETUP_KEY, read_declaration, require_anndata
+from scldm_cd4.data.setup import require_anndata
 
 KINDS = ("real", "generated")
 FACTS = "scldm_cd4"
@@ -55,7 +55,7 @@ def concat_generated(
         `generated` holds no counts or log-normalised values, the kinds of values differ, the column is there already,
         or labels of one column are of different types.
     GeneMismatchError
-        A gene of the generated cells is missing in `real`.
+        A gene of the generated cells is missing in `real`, or names of genes occur twice.
 
     Examples
     --------
@@ -82,17 +82,16 @@ def concat_generated(
 def _values(real: Any, generated: Any, layer: str | None) -> tuple[Any, np.ndarray]:
     """Return the values of the real cells at the genes of the generated ones, and these genes."""
     from scldm_cd4.data.matrix import RowReader, is_bad
-    from scldm_cd4.data.setup import gene_ids
+    from scldm_cd4.metrics.cells.genes import gene_names
+    from scldm_cd4.metrics.cells.places import layers_of
 
     facts = generated.uns.get(FACTS)
     if facts is None or facts.get("output") not in ("counts", "lognorm"):
         found = "no uns['scldm_cd4']" if facts is None else f"output={facts.get('output')!r}"
         raise DataError(f"cells generated with output='counts' (or 'lognorm') are needed, these have {found}")
-    declared = read_declaration(real) if SETUP_KEY in real.uns else {}
     counts = facts["output"] == "counts"
-    layer = declared.get("layer") if layer is None and counts else layer
-    ids = gene_ids(real, declared.get("gene_id_key"))
-    position = {gene: i for i, gene in enumerate(ids)}
+    layer = layers_of({"real": real}, layer, counts=counts)["real"]
+    position = {gene: i for i, gene in enumerate(gene_names(real, "real"))}
     genes = [str(gene) for gene in generated.var_names]
     if missing := [gene for gene in genes if gene not in position]:
         raise GeneMismatchError(

@@ -13,12 +13,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.conditions import as_n_cells
+from scldm_cd4.data.labels import as_label
 from scldm_cd4.metrics.baselines import shifts
 from scldm_cd4.metrics.baselines.counts import draw_rows, emit_counts
 from scldm_cd4.metrics.baselines.training import Training
-from scldm_cd4.metrics.cells.genes import common_genes
 from scldm_cd4.metrics.cells.pseudobulk import Key
-from scldm_cd4.metrics.cells.samples import Keys, read_sample
+from scldm_cd4.metrics.cells.samples import Keys, read_samples
 
 Shift = Callable[[Training, Sequence[Key]], np.ndarray]
 Pick = Callable[[Training, Key, np.random.Generator], "tuple[Key, np.ndarray] | None"]
@@ -246,7 +247,7 @@ def predict(
     n_cells
         Cells per condition, where the table has no such column.
     layer
-        Layer with the counts.
+        Layer with the counts; by default as ``setup_anndata`` declared, else ``X``.
     seed
         Of the draws. Cells of a condition do not depend on which other conditions are asked for.
     allow_missing
@@ -259,7 +260,8 @@ def predict(
     Raises
     ------
     DataError
-        If the baseline is unknown, a column is missing, or a condition cannot be predicted.
+        If the baseline is unknown, a column is missing, a number of cells is not a whole number of at least 1, or a
+        condition cannot be predicted.
 
     Examples
     --------
@@ -276,11 +278,14 @@ def predict(
     columns = [*keys.context, keys.perturbation]
     if absent := [column for column in columns if column not in conditions]:
         raise DataError(f"conditions lacks the columns {absent}")
-    wanted = [tuple(str(value) for value in row) for row in conditions[columns].itertuples(index=False)]
-    sizes = [int(n) for n in conditions["n_cells"]] if "n_cells" in conditions else [n_cells] * len(wanted)
-    training = Training(read_sample(train, keys, common_genes({"train": train}), "train", layer=layer), control)
+    wanted = [tuple(as_label(value) for value in row) for row in conditions[columns].itertuples(index=False)]
+    if "n_cells" in conditions:
+        sizes = [as_n_cells(n, f" in row {i} of conditions") for i, n in enumerate(conditions["n_cells"])]
+    else:
+        sizes = [as_n_cells(n_cells)] * len(wanted)
+    training = Training(read_samples({"train": train}, keys, layer=layer)["train"], keys.control)
     counts, codes, notes = emit(baseline, training, wanted, sizes, seed=seed, repeat=True)
-    missing = [key for code, key in enumerate(wanted) if not (codes == code).any() and sizes[code]]
+    missing = [key for code, key in enumerate(wanted) if not (codes == code).any()]
     if missing and not allow_missing:
         raise DataError(
             f"{name} cannot predict {len(missing)} conditions, e.g. {missing[0]}: it uses {', '.join(baseline.uses)}; "
@@ -292,7 +297,7 @@ def predict(
     obs.index = pd.Index([f"{name}:{i}" for i in range(len(obs))])
     facts = {"name": name, "uses": list(baseline.uses), "seed": seed}
     facts |= {"missing": ["|".join(key) for key in missing], "notes": sorted({note for note in notes if note})}
-    return ad.AnnData(counts, obs=obs, var=train.var.iloc[:, :0].copy(), uns={"baseline": facts})
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=training.sample.genes), uns={"baseline": facts})
 
 
 def emit(

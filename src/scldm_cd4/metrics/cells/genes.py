@@ -1,21 +1,29 @@
 """Genes are matched by name, whatever their order."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from scldm_cd4._errors import DataError, GeneMismatchError
+from scldm_cd4.data.setup import gene_ids
+from scldm_cd4.metrics.cells.places import declared
 from scldm_cd4.metrics.cells.pseudobulk import as_matrix
 
 
 def gene_names(adata: Any, what: str) -> np.ndarray:
-    """Give the names of the genes as strings.
+    """Give the names of the genes as strings: the declared identifiers, else ``var_names``.
 
     Raises
     ------
+    DataError
+        If declared identifiers are missing or occur twice.
     GeneMismatchError
         If a name occurs twice.
     """
+    key = declared(adata).get("gene_id_key")
+    if key is not None:
+        return np.array(gene_ids(adata, key), dtype=object)
     names = np.asarray(adata.var_names.astype(str), dtype=object)
     unique, counts = np.unique(names.astype(str), return_counts=True)
     if len(unique) < len(names):
@@ -26,7 +34,7 @@ def gene_names(adata: Any, what: str) -> np.ndarray:
     return names
 
 
-def common_genes(cells: dict[str, Any], genes: Any = "exact") -> np.ndarray:
+def common_genes(cells: Mapping[str, Any], genes: Any = None) -> np.ndarray:
     """Decide which genes are scored.
 
     Parameters
@@ -34,7 +42,8 @@ def common_genes(cells: dict[str, Any], genes: Any = "exact") -> np.ndarray:
     cells
         AnnData by what they are called in messages; the first sets the order.
     genes
-        ``"exact"``: all must have the same set. ``"intersection"``: those that all have. Or a list of names.
+        ``"exact"``: all must have the same set. ``"intersection"``: those that all have. Or a list of names. None is
+        ``"exact"`` of a caller that gives no choice, so that messages name none.
 
     Returns
     -------
@@ -45,6 +54,8 @@ def common_genes(cells: dict[str, Any], genes: Any = "exact") -> np.ndarray:
     GeneMismatchError
         If the sets differ, a listed gene is missing, or none is left.
     """
+    choice = "" if genes is None else ", or genes='intersection'"
+    genes = "exact" if genes is None else genes
     names = {what: gene_names(adata, what) for what, adata in cells.items()}
     first, *others = names
     chosen = names[first] if isinstance(genes, str) else np.asarray([str(g) for g in genes], dtype=object)
@@ -60,7 +71,7 @@ def common_genes(cells: dict[str, Any], genes: Any = "exact") -> np.ndarray:
         if missing or extra:
             raise GeneMismatchError(
                 f"{what}: {len(missing)} genes of {first} are missing (e.g. {missing[:3]}) and {extra} are extra; "
-                "give the same genes, or genes='intersection'"
+                f"give the same genes by the same names (setup_anndata(gene_id_key=) chooses a var column){choice}"
             )
     if len(chosen) < 2 or len(set(chosen)) < len(chosen):
         raise GeneMismatchError(f"{len(chosen)} genes to score ({len(set(chosen))} different); give at least two")

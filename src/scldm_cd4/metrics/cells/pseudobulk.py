@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm_cd4._errors import DataError
+from scldm_cd4.registry import suggestion
 
 TARGET_SUM = 1e4
 BULK_SUM = 5e4
@@ -36,9 +37,11 @@ def as_matrix(data: Any, layer: str | None = None) -> np.ndarray | sp.csr_matrix
     Raises
     ------
     DataError
-        If the input is not two-dimensional, or ``layer`` is given for an array.
+        If the input is not two-dimensional, or has no such layer.
     """
     if hasattr(data, "layers"):
+        if layer is not None and layer not in data.layers:
+            raise DataError(f"there is no layer {layer!r}.{suggestion(layer, data.layers.keys(), 'layers are')}")
         data = data.X if layer is None else data.layers[layer]
     elif layer is not None:
         raise DataError(f"layer={layer!r} needs an AnnData, but an array was given; pass the layer's matrix itself")

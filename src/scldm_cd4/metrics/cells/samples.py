@@ -1,6 +1,6 @@
 """Cells read for scoring: genes matched by name, conditions as keys, counts checked, values log-normalised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -9,9 +9,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.data.labels import get_column, read_labels
+from scldm_cd4.data.labels import as_label, get_column, read_labels
 from scldm_cd4.data.matrix import counts_hint, is_bad
-from scldm_cd4.metrics.cells.genes import gene_names
+from scldm_cd4.metrics.cells.genes import common_genes, gene_names
+from scldm_cd4.metrics.cells.places import layers_of
 from scldm_cd4.metrics.cells.pseudobulk import (
     TARGET_SUM,
     Key,
@@ -72,7 +73,7 @@ class Keys:
         context = (context_keys,) if isinstance(context_keys, str) else tuple(str(key) for key in context_keys)
         if perturbation in context or len(set(context)) < len(context):
             raise DataError(f"context_keys {list(context)} must be different columns other than {perturbation!r}")
-        return cls(str(perturbation), context, str(label))
+        return cls(str(perturbation), context, as_label(label))
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,51 @@ def join(samples: Sequence[Sample]) -> Sample:
     return Sample(counts, values, codes, keys, samples[0].genes)
 
 
+def read_samples(
+    cells: Mapping[str, Any],
+    keys: Keys,
+    genes: Any = None,
+    *,
+    layer: str | None = None,
+    input_type: InputType | None = None,
+    size_factor_key: str | None = None,
+) -> dict[str, Sample]:
+    """Read cells that are compared with one another: the same genes, each from where it keeps its counts.
+
+    Parameters
+    ----------
+    cells
+        AnnData by what they are called in messages; the first sets the order of the genes.
+    keys
+        Columns of ``obs``.
+    genes
+        As in :func:`scldm_cd4.metrics.cells.genes.common_genes`.
+    layer
+        As in :func:`scldm_cd4.metrics.cells.places.layers_of`.
+    input_type
+        ``counts`` or ``lognorm``; None is ``counts`` of a caller that gives no choice, so that messages name none.
+    size_factor_key
+        As in :func:`read_sample`.
+
+    Returns
+    -------
+    The cells by name.
+
+    Raises
+    ------
+    DataError
+        As of these three.
+    GeneMismatchError
+        If the genes differ.
+    """
+    chosen = common_genes(cells, genes)
+    reading: dict[str, Any] = {"input_type": input_type, "size_factor_key": size_factor_key}
+    places = layers_of(cells, layer, counts=input_type != "lognorm")
+    return {
+        what: read_sample(adata, keys, chosen, what, layer=places[what], **reading) for what, adata in cells.items()
+    }
+
+
 def read_sample(
     adata: Any,
     keys: Keys,
@@ -161,10 +207,10 @@ def read_sample(
     what: str,
     *,
     layer: str | None = None,
-    input_type: InputType = "counts",
+    input_type: InputType | None = None,
     size_factor_key: str | None = None,
 ) -> Sample:
-    """Read cells for scoring.
+    """Read cells; see :func:`read_samples` for several.
 
     Parameters
     ----------
@@ -179,7 +225,7 @@ def read_sample(
     layer
         Layer to use instead of ``X``.
     input_type
-        ``counts`` (checked exactly) or ``lognorm``.
+        ``counts`` (checked exactly) or ``lognorm``; None is ``counts`` of a caller that gives no choice.
     size_factor_key
         Column with the totals to divide by instead of the cells' own totals on the panel.
 
@@ -208,13 +254,15 @@ def read_sample(
     if input_type == "lognorm":
         _check_lognorm(matrix, what)
         return Sample(None, sp.csr_matrix(matrix, dtype=np.float64), codes, conditions, genes)
-    if input_type != "counts":
+    if input_type not in (None, "counts"):
         raise DataError(f"input_type={input_type!r} is not known; use 'counts' or 'lognorm'")
     if matrix.nnz and (wrong := is_bad(matrix.data)).any():
+        hint = counts_hint(adata, layer)
+        if input_type is not None:
+            hint += " metrics.evaluate takes log-normalised values on all sides with input_type='lognorm'"
         raise DataError(
             f"{what}: {int(wrong.sum())} values are no counts (whole, finite, not negative), e.g. "
-            f"{matrix.data[wrong][0]:g}.{counts_hint(adata, layer)} metrics.evaluate takes log-normalised "
-            "values on all sides with input_type='lognorm'"
+            f"{matrix.data[wrong][0]:g}.{hint}"
         )
     totals = _totals(adata, size_factor_key, what)
     values = log_normalize(matrix) if totals is None else _by_totals(matrix, totals)

@@ -13,10 +13,9 @@ import numpy as np
 from scldm_cd4._errors import DataError
 from scldm_cd4.metrics.baselines import emit, get
 from scldm_cd4.metrics.baselines.training import Training
-from scldm_cd4.metrics.cells.genes import common_genes
 from scldm_cd4.metrics.cells.projection import fit_projection
 from scldm_cd4.metrics.cells.pseudobulk import Key, dense, log_normalize
-from scldm_cd4.metrics.cells.samples import InputType, Keys, Sample, read_sample
+from scldm_cd4.metrics.cells.samples import InputType, Keys, Sample, read_samples
 from scldm_cd4.metrics.compat import effects
 from scldm_cd4.metrics.distribution.mmd import mmd2
 from scldm_cd4.metrics.distribution.moments import moments, r2
@@ -91,7 +90,7 @@ def evaluate(
     perturbation_key, context_keys, control
         As in :func:`scldm_cd4.metrics.evaluate`.
     layer
-        Layer with the values.
+        As in :func:`scldm_cd4.metrics.evaluate`.
     input_type
         ``counts``, or ``lognorm``, which only ``cell_eval_v1`` and ``cfgen`` can use.
     seed
@@ -119,13 +118,9 @@ def evaluate(
         raise DataError(f"convention={convention!r} is not known; conventions are {', '.join(CONVENTIONS)}")
     chosen = CONVENTIONS[convention]
     keys = Keys.resolve(pred, perturbation_key, context_keys, control)
-    genes = common_genes({"real": real, "pred": pred})
     if input_type == "lognorm" and not chosen.takes_lognorm:
         raise DataError(f"convention={convention!r} needs raw counts")
-    sides = [
-        read_sample(adata, keys, genes, what, layer=layer, input_type=input_type)
-        for adata, what in ((real, "real"), (pred, "pred"))
-    ]
+    sides = list(read_samples({"real": real, "pred": pred}, keys, layer=layer, input_type=input_type).values())
     here, there = ({key for key in side.groups if key[-1] != keys.control} for side in sides)
     if here != there or not here:
         raise DataError(
@@ -202,7 +197,7 @@ def vcc2026_score(
         seed=seed,
     )
     keys = Keys.resolve(pred, perturbation_key, context_keys, control)
-    sample = read_sample(real, keys, common_genes({"real": real}), "real", layer=layer)
+    sample = read_samples({"real": real}, keys, layer=layer)["real"]
     perturbed = [key for key in sample.groups if key[-1] != keys.control]
     sizes = [len(sample.rows(key)) for key in perturbed]
     counts, codes, _ = emit(

@@ -14,7 +14,7 @@ from scldm_cd4.metrics.cells.samples import InputType, Keys, Sample
 from scldm_cd4.metrics.registry import METRICS, resolve
 from scldm_cd4.metrics.scoring.ceilings import Repeats, counts_sample
 from scldm_cd4.metrics.scoring.setting import NotScored, read_scored
-from scldm_cd4.metrics.scoring.truth import Truth
+from scldm_cd4.metrics.scoring.truth import MIN_GENES, Truth
 
 PROFILE_BASELINES: Mapping[str, tuple[str, ...]] = {
     "minimal": ("control", "additive"),
@@ -81,7 +81,8 @@ def evaluate(
     n_repeats
         Random halvings that the ceilings are averaged over.
     layer
-        Layer with the values in all three.
+        Layer with the values, of those of the three that have it. The others, such as generated cells, and all by
+        default: counts where ``setup_anndata`` declared them (so are the names of the genes), else ``X``.
     input_type
         ``counts``, or ``lognorm`` for log-normalised values on all sides (no baselines then, and mean of logarithms
         wherever the logarithm of summed counts is the default).
@@ -90,7 +91,8 @@ def evaluate(
     genes
         ``exact``, ``intersection``, or the names of the genes to score.
     target_genes
-        Gene name of each perturbation (None: no gene), left out of effects and rank tests; the label by default.
+        Gene name of each perturbation (None: no gene), left out of effects and rank tests; the label by default. Where
+        it is not among the genes, ``note`` says so.
     min_cells
         Cells of a condition on either side below which all its values are NaN.
     max_cells
@@ -324,6 +326,10 @@ def _notes(found: _Found, row: int, common: str) -> Iterable[str]:
         parts = [common] if common else []
         if few and metric.family in ("effect", "discrimination", "de"):
             parts.append(few)
+        if metric.family in ("effect", "discrimination", "de") and not truth.finds_target(row):
+            parts.append("its target is not among the genes, so not left out")
+        if metric.family == "discrimination" and truth.scope == "own":
+            parts.append(f"targets of other conditions not left out: fewer than {MIN_GENES} genes are no target")
         if metric.family == "distribution" and shared > 0:
             parts.append(f"{int(shared)} predicted cells equal a real cell")
         if min(n_real, n_pred) < metric.min_cells:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.metrics.cells.genes import common_genes
 from scldm_cd4.metrics.cells.projection import fit_projection
 from scldm_cd4.metrics.cells.pseudobulk import Key
-from scldm_cd4.metrics.cells.samples import Keys, Sample, join, read_sample
+from scldm_cd4.metrics.cells.samples import Keys, Sample, join, read_samples
 from scldm_cd4.metrics.scoring.truth import Controls, Options, Reference, Truth, draw, halve
 
 MAX_FITTED = 10_000
@@ -87,8 +86,7 @@ def read_scored(
     DataError
         If they cannot be scored.
     """
-    chosen = common_genes(dict(sides), genes)
-    read = {what: read_sample(adata, keys, chosen, what, **reading) for what, adata in sides.items()}
+    read = read_samples(sides, keys, genes, **reading)
     setting = settle(read, keys.control, pca_on, seed)
     scored, not_scored = choose_conditions(setting.real, read["pred"], keys.control, min_cells, allow_missing)
     targets = {label: gene or "" for label, gene in (target_genes or {}).items()}  # "" is no gene

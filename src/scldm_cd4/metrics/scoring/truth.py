@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +25,8 @@ DISCRIMINATION: dict[str, Distance] = {
     "discrimination_l1": "l1",
     "discrimination_l2": "l2",
 }
+MIN_GENES = 20
+"""Genes that are no target of any condition, below which discrimination leaves out each condition's own target only."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,16 @@ class Truth:
         self.real, self.keys, self.controls = real, real.keys, controls
         self.reference, self.options, self._bandwidth = reference, options, bandwidth
         self.exclude = target_mask(self.keys, list(real.genes), options.target_genes)
+
+    @cached_property
+    def scope(self) -> Literal["panel", "own"]:
+        """Whose targets discrimination leaves out: those of all conditions, or the own one where few genes remain."""
+        is_target = self.exclude.any(axis=0)
+        return "own" if is_target.any() and (~is_target).sum() < MIN_GENES else "panel"
+
+    def finds_target(self, row: int) -> bool:
+        """Say whether the target of a condition is left out, or known to be no gene."""
+        return bool(self.exclude[row].any()) or self.options.target_genes.get(self.keys[row][-1]) == ""
 
     @cached_property
     def bulks(self) -> Pseudobulks:
@@ -266,10 +279,8 @@ class Truth:
         control = real[self.bulks.rows([(*key[:-1], self.controls.label) for key in self.keys])]
         guess = np.where((there < 0)[:, None], np.nan, profiles(bulks, space)[0][there] - control)
         truth, contexts = real[: len(self.keys)] - control, [key[:-1] for key in self.keys]
-        return {
-            name: discrimination(truth, guess, contexts, metric=DISCRIMINATION[name], exclude=self.exclude)
-            for name in names
-        }
+        score = partial(discrimination, truth, guess, contexts, exclude=self.exclude, scope=self.scope)
+        return {name: score(metric=DISCRIMINATION[name]) for name in names}
 
     def _space(self, space: Space) -> Space:
         return "mean_log" if self.real.counts is None else space
