@@ -63,7 +63,7 @@ def test_observed_cells_are_held_one_condition_at_a_time(
 ) -> None:
     registry = ranked._state.registry
     cells, read = CellData.from_adata(four_donors, registry), CellData.counts
-    target = Population.of(cells.counts(slice(0, 30)), lambda c: c.toarray(), "edistance", np.random.default_rng(0))
+    target = Population.of(cells.counts(slice(0, 30)), lambda c: c.toarray(), "edistance")
     made: list[weakref.ref[Any]] = []
     held: list[int] = []
 
@@ -90,8 +90,7 @@ def test_the_perturbed_gene_has_no_part_in_distances(ranked: Any, four_donors: A
     adata.X[:, gene] = np.where(adata.obs["perturbation"] == "GATA3", 0, 5)  # nothing else is looked at
     wanted = np.zeros((20, registry.n_genes))
     wanted[:, gene] = np.arange(20)
-    rng = np.random.default_rng(0)
-    target = Population.of(sparse.csr_matrix(wanted), lambda c: c[:, [gene]].toarray(), "edistance", rng)
+    target = Population.of(sparse.csr_matrix(wanted), lambda c: c[:, [gene]].toarray(), "edistance")
     observed = Observed(CellData.from_adata(adata, registry), registry, Summariser((target,)))
     contexts = [(d, "Rest") for d in registry.donor.levels]
     change = next(observed.changes(["GATA3"], observed.controls(contexts, 20), 20))

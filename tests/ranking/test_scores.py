@@ -74,7 +74,7 @@ def test_one_sided_gene_set_is_against_the_rest() -> None:
 def test_pairs_are_summed_in_blocks(method: str, n_folds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     target, cells = rng.normal(size=(25, 3)), rng.normal(1.0, size=(33, 3))
-    wanted = Population.of(sparse.csr_matrix(target), lambda c: c.toarray(), method, rng)
+    wanted = Population.of(sparse.csr_matrix(target), lambda c: c.toarray(), method)
     monkeypatch.setattr("scldm_cd4.ranking.population.BLOCK", 5 * 33)
     found = wanted.pairs(sparse.csr_matrix(cells), n_folds)
     fold = np.arange(33) * n_folds // 33
@@ -87,7 +87,7 @@ def test_pairs_are_summed_in_blocks(method: str, n_folds: int, monkeypatch: pyte
 
 def test_not_all_pairs_are_held_at_once() -> None:
     rng = np.random.default_rng(5)
-    wanted = Population.of(sparse.csr_matrix(rng.normal(size=(30, 2))), lambda c: c.toarray(), "edistance", rng)
+    wanted = Population.of(sparse.csr_matrix(rng.normal(size=(30, 2))), lambda c: c.toarray(), "edistance")
     cells = sparse.csr_matrix(rng.normal(size=(4000, 2)))
     tracemalloc.start()
     try:
@@ -101,7 +101,7 @@ def test_not_all_pairs_are_held_at_once() -> None:
 def test_population_distance(method: str) -> None:
     rng = np.random.default_rng(3)
     target, cells = rng.normal(size=(30, 4)), rng.normal(1.0, size=(24, 4))
-    wanted = Population.of(sparse.csr_matrix(target), lambda c: c.toarray(), method, rng)
+    wanted = Population.of(sparse.csr_matrix(target), lambda c: c.toarray(), method)
     pairs = wanted.pairs(sparse.csr_matrix(cells), 6)
     rows = np.ones((2, 6))
     rows[1, 2] = 0

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from scldm_cd4 import DataError
+from scldm_cd4.ranking import targets
 from scldm_cd4.ranking.targets import Reader
 
 
@@ -26,6 +27,25 @@ TARGETS = {
     "cells": lambda axis, adata: adata[(adata.obs["perturbation"] == "GATA3").to_numpy()],
     "sum": lambda axis, adata: {"th1": (axis, 1.0), "size": (("perturbation", "NTC", "GATA3"), 0.5)},
 }
+
+
+def test_of_many_wanted_cells_a_random_part_is_read(
+    four_donors: Any, ranked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "MAX_TARGET", 20)
+    read: list[int] = []
+
+    def embed(counts: Any) -> Any:
+        read.append(counts.shape[0])
+        return counts.toarray()
+
+    parts = [
+        Reader(ranked._state.registry, four_donors, embed, seed).read_one("perturbation == 'GATA3'", "edistance").cells
+        for seed in (0, 0, 1)
+    ]
+    assert read == [20, 20, 20]
+    np.testing.assert_array_equal(parts[0], parts[1])
+    assert not np.array_equal(parts[0], parts[2])
 
 
 @pytest.mark.parametrize("kind", TARGETS)

@@ -15,8 +15,6 @@ from scldm_cd4.embedding import latents
 from scldm_cd4.ranking.scores import divide
 from scldm_cd4.registry import Registry
 
-MAX_TARGET = 1000
-"""Cells of a target population that are compared with."""
 BLOCK = 1 << 20
 """Distances that are held at a time."""
 Array = NDArray[np.float64]
@@ -65,11 +63,8 @@ class Population:
     share_found: float = 1.0
 
     @classmethod
-    def of(cls, counts: Any, embed: Embed, method: str, rng: np.random.Generator) -> "Population":
-        """Embed the wanted cells (n, genes); of more than `MAX_TARGET` a random part is taken."""
-        n = counts.shape[0]
-        if n > MAX_TARGET:
-            counts = counts[np.sort(rng.choice(n, MAX_TARGET, replace=False))]
+    def of(cls, counts: Any, embed: Embed, method: str) -> "Population":
+        """Embed the wanted cells (n, genes)."""
         cells = embed(counts)
         plain = cls(cells, embed, method, 1.0, 0.0)
         from scipy.spatial.distance import pdist

@@ -19,6 +19,8 @@ from scldm_cd4.registry import Registry, suggestion
 from scldm_cd4.sampling import lognormal
 
 MIN_GENES, MIN_SET, MIN_SHARE, GOOD_SHARE = 10, 3, 0.1, 0.5
+MAX_TARGET = 1000
+"""Cells of a target population that are compared with: of more, a random part."""
 MIN_CELLS = 20
 METHODS: dict[str, tuple[str, ...]] = {
     "gene_set": ("ulm", "mean_diff", "auc", "wtcs"),
@@ -227,8 +229,10 @@ class Reader:
             cells = CellData.from_adata(self.adata, self.registry, labels=False)
         if len(rows) < MIN_CELLS:
             raise DataError(f"the target population has {len(rows)} cells; at least {MIN_CELLS} are needed")
-        rng = stream(self.seed, ("target",), 0, "target population")
-        return Population.of(cells.counts(rows), self.embed, method, rng)
+        if len(rows) > MAX_TARGET:
+            rng = stream(self.seed, ("target",), 0, "target population")
+            rows = rows[np.sort(rng.choice(len(rows), MAX_TARGET, replace=False))]
+        return Population.of(cells.counts(rows), self.embed, method)
 
 
 def _method(kind: str, method: Any) -> str:
