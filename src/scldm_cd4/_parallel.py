@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -25,12 +26,32 @@ def one_thread_each(device: torch.device, workers: int | None) -> Iterator[int]:
     if device.type != "cpu":
         yield 2
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = _enter()
     try:
         yield max(1, workers if workers is not None else min(before, os.cpu_count() or 1))
     finally:
-        torch.set_num_threads(before)
+        _leave()
+
+
+_lock = Lock()
+_inside, _before = 0, 1  # blocks entered and not left, in any thread; torch's threads outside of them
+
+
+def _enter() -> int:
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = torch.get_num_threads()
+        _inside += 1
+        torch.set_num_threads(1)
+        return _before
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        torch.set_num_threads(_before)  # in each thread that entered: it is a setting of the thread, too
 
 
 def in_order(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:

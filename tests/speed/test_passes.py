@@ -1,6 +1,8 @@
 """Network passes: their size, their arithmetic, what happens when memory ends."""
 
+import os
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from scldm_cd4 import DataError, settings
+from scldm_cd4._parallel import one_thread_each
 from scldm_cd4._passes import ALIGN, Passes, pass_rows
 from scldm_cd4._precision import Precision, choose, matmul_error, onednn_route
 
@@ -210,3 +213,30 @@ def test_counts_are_drawn_alike_on_cuda() -> None:
     here = nb_quantile(*map(torch.from_numpy, (u, mu, theta)))
     there = nb_quantile(*(torch.from_numpy(x).cuda() for x in (u, mu, theta))).cpu()
     assert (here != there).float().mean() < 1e-4
+
+
+def test_threads_that_generate_side_by_side_leave_torch_its_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    entered = [threading.Event() for _ in range(2)]
+
+    def work(own: int, other: int, wait: int) -> None:
+        with one_thread_each(torch.device("cpu"), None) as n:
+            found.append(n)
+            entered[own].set()
+            entered[other].wait(5)
+            time.sleep(0.05 * wait)
+        found.append(torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    try:
+        both = [threading.Thread(target=work, args=(k, 1 - k, k)) for k in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [min(2, os.cpu_count() or 1)] * 2 + [2] * 3
