@@ -33,6 +33,10 @@ MAX_CONDITIONS = 100
 """Validation conditions that are looked at: a seeded sample of more, which four numbers do not need."""
 FIT_SEED = 0
 """With which `reliability` learns by itself, so that what is learned does not depend on the call that came first."""
+UNKNOWN = (
+    "which conditions this model was trained on is not known (it was imported without numbers of training cells), so "
+    "nothing can be learned on conditions that were held out"
+)
 Array = NDArray[np.float64]
 Condition = tuple[str, Context]
 
@@ -96,7 +100,8 @@ def fit_reliability(self: Any, adata: Any = None, *, n_cells: int = 100, seed: i
     NotTrainedError
         A stage is not trained.
     DataError
-        There are fewer than ten such conditions, no control was declared, or the cells or `n_cells` cannot be used.
+        There are fewer than ten such conditions, the model does not know which it was trained on, no control was
+        declared, or the cells or `n_cells` cannot be used.
 
     Examples
     --------
@@ -216,6 +221,8 @@ def _source(self: Any, seed: int | None) -> tuple[Registry, Generated, Sampling]
 
 
 def _validation_conditions(adata: Any, registry: Registry, seed: int) -> list[Condition]:
+    if not registry.train_counts:
+        raise DataError(UNKNOWN)
     names = [x for x in requested_levels(registry, "perturbation", None) if x != registry.control]
     roles = [requested_levels(registry, role, None) for role in ("donor", "timepoint")]
     contexts = [(d, t) for d in roles[0] for t in roles[1]]
@@ -257,13 +264,15 @@ def _observe(
 def _calibration(self: Any) -> tuple[Calibration | None, str]:
     """Return what was learned, if need be now, or why there is nothing."""
     if "reliability" not in self._state.record:
+        registry = self._state.registry
+        if not registry.train_counts:
+            return None, UNKNOWN
         if self.adata is None:
             return None, (
                 "nothing was learned on validation conditions, and the model has no cells: call fit_reliability(adata) "
                 "with conditions that training did not see"
             )
-        registry = self._state.registry
-        n = len(_validation_conditions(self.adata, registry, FIT_SEED)) if registry.train_counts else 0
+        n = len(_validation_conditions(self.adata, registry, FIT_SEED))
         if n < MIN_CONDITIONS:
             return None, _too_few(n)
         try:

@@ -235,6 +235,9 @@ def test_unknown_numbers_of_training_cells_are_missing_and_no_reason_to_refuse(f
     assert scores.attrs["not_generated"] == []
     assert np.isfinite(scores["value"]).all()
     believed = model.reliability("GATA3", "d1", "Rest", n_cells=20, seed=0)
+    assert believed["note"].str.contains("imported without numbers of training cells").all()
+    with pytest.raises(_errors.DataError, match="imported without numbers of training cells"):
+        model.fit_reliability(cells(720))
     signature = pd.Series(np.random.default_rng(0).normal(size=N_GENES), index=GENES)
     ranked = model.rank_perturbations(signature, n_cells=20, seed=0)
     for table in (believed, ranked):
