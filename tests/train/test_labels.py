@@ -207,8 +207,9 @@ def test_perturbations_are_fitted_alike_some_at_a_time_or_all_at_once(
 ) -> None:
     cells = CellData.from_adata(simulated)
     found = []
-    for most in (settling.MOST_SUMS, 2 * cells.n_genes):
+    for most, chunk in ((settling.MOST_SUMS, settling.CHUNK), (2 * cells.n_genes, 3)):
         monkeypatch.setattr(settling, "MOST_SUMS", most)
+        monkeypatch.setattr(settling, "CHUNK", chunk)  # of few cells: some hold no cell of these perturbations
         vae, dit = networks(cells)
         fit_to_generated(vae, dit, cells, np.arange(cells.n_cells), np.full(4, 0.5), seed=1)
         found.append(label_effects(vae)[2])
