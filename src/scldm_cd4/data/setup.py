@@ -15,6 +15,8 @@ from scldm_cd4.registry import Attribute, Registry, suggestion
 
 SETUP_KEY = "_scldm_cd4"
 """The place of the declaration in ``uns``."""
+GENERATED = "scldm_cd4"
+"""The place of the facts on generated cells, whose counts are in ``X`` and genes in ``var_names``."""
 SCHEMA_VERSION = 1
 ALL = "all"
 """The single level of an attribute without a column."""

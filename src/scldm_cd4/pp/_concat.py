@@ -6,10 +6,9 @@ import numpy as np
 
 from scldm_cd4._errors import DataError, GeneMismatchError
 from scldm_cd4.data.mudata import is_mudata, modality_of, with_modality
-from scldm_cd4.data.setup import require_anndata
+from scldm_cd4.data.setup import GENERATED, require_anndata
 
 KINDS = ("real", "generated")
-FACTS = "scldm_cd4"
 
 
 def concat_generated(
@@ -76,7 +75,7 @@ def concat_generated(
     values, genes = _values(real, generated, layer)
     obs = _obs(real.obs.set_axis(real.obs_names), generated.obs, origin_key)  # cells in files are numbered in obs
     matrix = _stack(values, generated.X)
-    return ad.AnnData(matrix, obs=obs, var=generated.var.copy(), uns={FACTS: dict(generated.uns[FACTS])})
+    return ad.AnnData(matrix, obs=obs, var=generated.var.copy(), uns={GENERATED: dict(generated.uns[GENERATED])})
 
 
 def _values(real: Any, generated: Any, layer: str | None) -> tuple[Any, np.ndarray]:
@@ -85,7 +84,7 @@ def _values(real: Any, generated: Any, layer: str | None) -> tuple[Any, np.ndarr
     from scldm_cd4.metrics.cells.genes import gene_names
     from scldm_cd4.metrics.cells.places import layers_of
 
-    facts = generated.uns.get(FACTS)
+    facts = generated.uns.get(GENERATED)
     if facts is None or facts.get("output") not in ("counts", "lognorm"):
         found = "no uns['scldm_cd4']" if facts is None else f"output={facts.get('output')!r}"
         raise DataError(f"cells generated with output='counts' (or 'lognorm') are needed, these have {found}")
@@ -190,6 +189,6 @@ def _with_labels(mdata: Any, name: str, generated: Any) -> Any:
     """Return a modality with those columns of the whole that the generated cells have and it lacks."""
     from scldm_cd4.data.mudata import joined
 
-    facts = generated.uns.get(FACTS, {})
+    facts = generated.uns.get(GENERATED, {})
     keys = [facts[key] for key in ("donor_key", "timepoint_key", "perturbation_key") if key in facts]
     return joined(mdata, name, [key for key in keys if key not in mdata.mod[name].obs and key in mdata.obs])

@@ -45,8 +45,8 @@ FLAT = 1e-4
 GENERATED, PER_PERTURBATION, PER_CONDITION, PER_CELL = 10_000, 64, 200, 4
 """Cells that effects are fitted to: in all, but not fewer for a perturbation, nor more for a condition or a training
 cell."""
-MOST_SUMS = 20_000_000
-"""Conditions times genes whose sums are held at once."""
+MOST_SUMS = 5_000_000
+"""Conditions times genes whose sums are held at once, at some 90 bytes each while they are compared."""
 
 
 def settle_labels(

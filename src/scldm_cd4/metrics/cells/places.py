@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from scldm_cd4._errors import DataError
-from scldm_cd4.data.setup import SETUP_KEY, read_declaration
+from scldm_cd4.data.setup import GENERATED, SETUP_KEY, read_declaration
 from scldm_cd4.registry import suggestion
-
-FACTS = "scldm_cd4"
-"""Entry of ``uns`` that generated cells have; their counts are in ``X``, their genes in ``var_names``."""
 
 
 def declared(adata: Any) -> dict[str, str | None]:
     """Return what `setup_anndata` declared of real cells; nothing where it was not called, and of generated cells."""
     uns = getattr(adata, "uns", {})
-    return read_declaration(adata) if SETUP_KEY in uns and FACTS not in uns else {}
+    return read_declaration(adata) if SETUP_KEY in uns and GENERATED not in uns else {}
 
 
 def layers_of(cells: Mapping[str, Any], layer: str | None = None, *, counts: bool = True) -> dict[str, str | None]:
